@@ -1,0 +1,47 @@
+"""Two ranks x {1, 2, 4} micro-batches through the real engine, against one process with the whole batch."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
+from tests.chat_batches import micro_batches
+from tests.contracts.test_objectives import objective_and_samples, step
+from tests.training.setups import engine_of
+
+
+def main() -> None:
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2, accelerator.num_processes
+    assert accelerator.distributed_type == DistributedType.MULTI_CPU
+    rank = accelerator.process_index
+
+    reference_objective, samples = objective_and_samples("next_token")
+    whole, reference = step(reference_objective, micro_batches(samples, 1))
+    scale = torch.sqrt(sum((g**2).sum() for g in reference.values()))
+
+    # Uneven over ranks: rank 0 has the short samples (and, last, text only), rank 1 the long ones with images.
+    splits = {"uneven": (samples[:5], samples[5:]), "text-only rank": (samples[::3], [s for s in samples if s not in samples[::3]])}
+    for name, parts in splits.items():
+        for count in (1, 2, 4):
+            objective, _ = objective_and_samples("next_token")
+            engine = engine_of(accelerator, objective)
+            assert type(engine.objective).__name__ == "DistributedDataParallel", type(engine.objective)
+            micros = micro_batches(parts[rank], count)
+            counted = engine._counts(micros)
+            totals = {key: int(value) for key, value in counted.items() if key[0] != "_"}
+            shares = engine._accumulate(micros, totals)
+            loss = accelerator.reduce(torch.tensor(shares["next_token"]), "sum").item()
+            assert abs(loss / whole - 1) < 1e-5, (name, count, loss, whole)
+            grads = {key: p.grad for key, p in objective.named_parameters() if p.grad is not None}
+            assert set(grads) == set(reference)
+            error = torch.sqrt(sum(((grads[key] - reference[key]) ** 2).sum() for key in reference)) / scale
+            assert error < 1e-5, (name, count, float(error))
+            if accelerator.is_main_process:
+                print(f"law: {name}, 2 ranks x {count} micro-batches: gradient differs by {float(error):.1e}")
+
+
+if __name__ == "__main__":
+    main()
+    torch.distributed.destroy_process_group()

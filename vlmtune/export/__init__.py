@@ -1,0 +1,1 @@
+"""Writes a trained model as the Hugging Face folder that other programs load."""

@@ -1,0 +1,377 @@
+"""A run from top to bottom: stages, export, score, report. Reads as the one path of the design.
+
+    recipe -> model -> tuning -> objective -> data -> Engine.fit -> export -> evaluation -> report.md
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmtune import __version__
+from vlmtune.config.loader import load_mix
+from vlmtune.config.lock import lock_text, mix_hash, stage_key
+from vlmtune.config.schema import Recipe
+from vlmtune.errors import CheckpointError, Fault, RecipeError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from vlmtune.evaluation.scores import Scores
+    from vlmtune.export.hf import ExportReport
+
+logger = logging.getLogger(__name__)
+
+CACHE = Path(".cache/vlmtune")
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Where a run's results are, and its scores if it was evaluated."""
+
+    folder: Path
+    interrupted: bool
+    scores: Scores | None
+
+    def lines(self) -> list[str]:
+        """What to print at the end."""
+        if self.interrupted:
+            return [f"stopped and saved in {self.folder}; the same command resumes"]
+        found = [("export", "export"), ("report", "report.md"), ("scores", "metrics.json")]
+        where = [f"{name:<8} {self.folder / file}" for name, file in found if (self.folder / file).exists()]
+        return [*(self.scores.lines() if self.scores else ()), *where]
+
+
+def run(recipes: Sequence[Recipe], fresh: bool = False) -> RunReport:
+    """Trains every stage that is not done yet, then exports, scores and reports (on the main process)."""
+    from vlmtune.training.logging import quiet_libraries
+
+    quiet_libraries()
+    folder = run_folder(recipes[0])
+    clock = _Clock(folder / "phases.json")
+    bases = {name: digest for recipe in recipes for name, digest in _base_hashes(recipe).items()}
+    previous, inputs = None, bases
+    for index, recipe in enumerate(recipes):
+        key = stage_key(recipe, inputs)
+        stage = _Stage(recipe, recipes, folder / recipe.stage if len(recipes) > 1 else folder, key, previous)
+        if index == 0:
+            _write_lock(folder, recipes, bases)
+        previous = _finished(stage)
+        if previous is None:
+            with clock.phase(f"train {recipe.stage}"):
+                previous, interrupted = _train_stage(stage, fresh)
+            if interrupted:
+                return RunReport(folder, True, None)
+        else:
+            logger.info("stage %s is done already: %s", recipe.stage, previous)
+        inputs = bases | {"stage": key}
+    return _finish(recipes[-1], folder, previous, clock)
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The run's output folder."""
+    return Path(recipe.run.dir or f"runs/{recipe.name}")
+
+
+# ---------------------------------------------------------------- one stage
+
+
+@dataclass(frozen=True)
+class _Stage:
+    recipe: Recipe
+    recipes: Sequence[Recipe]
+    folder: Path
+    key: str
+    previous: Path | None
+    """The last checkpoint of the stage before."""
+
+
+def _finished(stage: _Stage) -> Path | None:
+    """The last checkpoint of a stage that ran to its end with the same inputs."""
+    from vlmtune.training.checkpoint import read_manifest, step_folders
+
+    for path in reversed(step_folders(stage.folder)):
+        manifest = read_manifest(path)
+        if manifest["key"] == stage.key and manifest["step"] == manifest["total_steps"]:
+            return path
+    return None
+
+
+def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
+    """The stage's newest checkpoint, and whether a signal ended it early."""
+    from vlmtune.data.faults import Quarantine
+    from vlmtune.data.loader import ChatData
+    from vlmtune.models.attention import use_attention
+    from vlmtune.models.tuning import apply_tuning, table
+    from vlmtune.models.vision import token_counter
+    from vlmtune.objectives import build_objective
+    from vlmtune.training.checkpoint import restore
+    from vlmtune.training.distributed import build_accelerator
+    from vlmtune.training.engine import Engine, Setup
+    from vlmtune.training.optim import build_optimizer
+
+    recipe = stage.recipe
+    accelerator = build_accelerator(recipe.run, str(stage.folder))
+    resume = _resume_point(stage, fresh, accelerator)
+    model, processor = _build(stage, resume)
+    model.to(accelerator.device)
+    rows = apply_tuning(model, recipe.tuning)
+    attention, why = use_attention(model, recipe.model.attention)
+    if recipe.run.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    _announce(accelerator, table(rows), f"attention: {attention} ({why})")
+
+    stream = recipe.data.chat
+    assert stream is not None
+    mix_path = Path(stream.mix)
+    data = ChatData(
+        stream,
+        load_mix(mix_path),
+        mix_path.parent,
+        processor,
+        token_counter(model.config),
+        recipe.evaluation.held_out,
+        recipe.run.seed,
+        CACHE,
+    )
+    _announce(accelerator, data.summary())
+    quarantine = Quarantine(stage.folder / "quarantine.jsonl", data.samples, stream.bad_samples.budget)
+
+    objective = build_objective(recipe.objective, model)
+    objective.train()
+    optimizer = build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim)
+    start = restore(resume, objective, optimizer) if resume else 0
+    setup = Setup(
+        recipe,
+        objective,
+        optimizer,
+        data.stream(accelerator.process_index, accelerator.num_processes),
+        processor,
+        stage.folder,
+        {"key": stage.key, "stage": recipe.stage, "recipe": recipe.name, "versions": versions()},
+        lambda: _sample_answers(model, processor, data, recipe),
+        lambda batch: [quarantine.add(key, reason) for key, reason in batch.bad] and None,
+    )
+    accelerator.init_trackers(recipe.name)
+    total = recipe.schedule.steps or round(recipe.schedule.epochs * data.steps_per_epoch)
+    report = Engine(accelerator, setup, start, max(total, 1)).fit()
+    accelerator.end_training()
+    return report.checkpoint, report.interrupted
+
+
+def _resume_point(stage: _Stage, fresh: bool, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to go on from. A run with other inputs is refused, or moved aside with `fresh`."""
+    from vlmtune.training.checkpoint import read_manifest, step_folders
+
+    steps = step_folders(stage.folder)
+    if not steps:
+        return None
+    if read_manifest(steps[-1])["key"] == stage.key:
+        return steps[-1]
+    if not fresh:
+        raise CheckpointError(
+            "holds a run with another recipe, data or base model",
+            str(stage.folder),
+            "Set run.dir=... to keep both, or give --fresh to move it aside.",
+        )
+    if accelerator.is_main_process:
+        number = next(n for n in range(1, 10_000) if not stage.folder.with_name(f"{stage.folder.name}.old-{n}").exists())
+        shutil.move(stage.folder, stage.folder.with_name(f"{stage.folder.name}.old-{number}"))
+    accelerator.wait_for_everyone()
+    return None
+
+
+def _build(stage: _Stage, resume: Path | None) -> tuple[Any, Any]:
+    """Model and processor: of the checkpoint to resume, of the stage before, or new."""
+    from vlmtune.data.render import template_text
+    from vlmtune.models.build import build_model, load_model
+
+    recipe = stage.recipe
+    if resume is not None:
+        return load_model(resume / "model")
+    template = template_text(recipe.model.template)
+    if stage.previous is not None:
+        from_before = recipe.model.model_copy(update={"checkpoint": str(stage.previous / "model")})
+        return build_model(from_before, recipe.run.seed, template)
+    return build_model(recipe.model, recipe.run.seed, template, lambda: _texts(stage.recipes))
+
+
+def _texts(recipes: Sequence[Recipe]) -> Iterator[str]:
+    """Every turn's text of every stage's mix: what a new tokenizer is trained on."""
+    from vlmtune.data.sources import open_source
+    from vlmtune.errors import DataError
+
+    paths = dict.fromkeys(recipe.data.chat.mix for recipe in recipes if recipe.data.chat)
+    for path in map(Path, paths):
+        sources = (open_source(source, path.parent, CACHE) for source in load_mix(path).sources)
+        for source in sources:
+            for row in range(len(source)):
+                try:
+                    yield from (turn.text for turn in source[row].turns)
+                except DataError:  # its own slot reports it while training
+                    continue
+
+
+def _sample_answers(model: Any, processor: Any, data: Any, recipe: Recipe) -> list[dict[str, str]]:
+    from vlmtune.evaluation.generate import answer
+
+    samples = data.held_out_samples(recipe.evaluation.held_out.answers)
+    limit = min(recipe.evaluation.max_new_tokens, 32)
+    return [
+        {"key": each.key, "prompt": each.prompt, "answer": each.prediction, "reference": each.references[0]}
+        for each in answer(model, processor, samples, len(samples) or 1, limit)
+    ]
+
+
+def _announce(accelerator: Accelerator, *things: Any) -> None:
+    from rich.console import Console
+
+    if accelerator.is_main_process:
+        console = Console(stderr=True)
+        for thing in things:
+            console.print(thing, highlight=False)
+
+
+# ---------------------------------------------------------------- after training
+
+
+def _finish(recipe: Recipe, folder: Path, checkpoint: Path, clock: _Clock) -> RunReport:
+    """Export, score and report on the main process."""
+    from accelerate import PartialState
+
+    from vlmtune.evaluation.report import write_report
+
+    if not PartialState().is_main_process:
+        return RunReport(folder, False, None)
+    scores = None
+    if recipe.export.enabled:
+        with clock.phase("export"):
+            export_step(checkpoint, folder / "export", recipe.export.dtype)
+        if recipe.evaluation.mix:
+            each = recipe.evaluation
+            with clock.phase("evaluate"):
+                scores = evaluate_folder(
+                    str(folder / "export"), Path(each.mix), folder, each.batch_size, each.max_new_tokens,
+                    train_seconds=clock.training(),
+                )
+    write_report(folder)
+    return RunReport(folder, False, scores)
+
+
+def export_step(checkpoint: Path, out: Path, dtype: str | None) -> ExportReport:
+    """The reopened and compared export of a step folder."""
+    import torch
+
+    from vlmtune.data.probe import probe_batch
+    from vlmtune.export.hf import export_model
+    from vlmtune.models.build import load_model
+    from vlmtune.training.checkpoint import read_manifest
+
+    manifest = read_manifest(checkpoint)
+    model, processor = load_model(checkpoint / "model")
+    kind = getattr(torch, dtype) if dtype else None
+    return export_model(model.eval(), processor, out, kind, probe_batch(processor), manifest)
+
+
+def evaluate_folder(
+    model: str,
+    mix: Path,
+    out: Path | None,
+    batch_size: int,
+    max_new_tokens: int,
+    limit: int | None = None,
+    train_seconds: float | None = None,
+) -> Scores:
+    """The scores of an exported folder (or step folder, or hub id) on `mix`, written to `out`."""
+    raise NotImplementedError
+
+
+def check_data(recipes: Sequence[Recipe], most: int) -> None:
+    """Raises RecipeError with every fault of the recipes' data and local base models."""
+    from vlmtune.data.faults import check_mix
+
+    faults: list[Fault] = [fault for recipe in recipes[:1] for fault in _missing_bases(recipe)]
+    mixes = chain.from_iterable(
+        (recipe.data.chat.mix if recipe.data.chat else None, recipe.evaluation.mix) for recipe in recipes
+    )
+    for path in map(Path, dict.fromkeys(filter(None, mixes))):
+        faults += check_mix(load_mix(path), path.parent, CACHE, most)
+    if faults:
+        raise RecipeError(faults)
+
+
+def _missing_bases(recipe: Recipe) -> list[Fault]:
+    return [
+        Fault(f"model.{name}: there is no folder {path}", "", "Train or download it first.")
+        for name, path in _base_paths(recipe).items()
+        if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~")))
+    ]
+
+
+# ---------------------------------------------------------------- provenance
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("torch", "transformers", "accelerate", "tokenizers", "pillow")
+    return {"vlmtune": __version__} | {name: importlib.metadata.version(name) for name in names}
+
+
+def _base_paths(recipe: Recipe) -> dict[str, str]:
+    model = recipe.model
+    if model.checkpoint:
+        return {"checkpoint": model.checkpoint}
+    parts = {"vision": model.vision, "language": model.language}
+    return {name: part.path for name, part in parts.items() if part and part.path}
+
+
+def _base_hashes(recipe: Recipe) -> dict[str, str]:
+    """What identifies each base model: the digest of a local folder's weights, or hub id and revision."""
+    from vlmtune.models.build import weights_digest
+
+    return {
+        f"base {name}": weights_digest(Path(path)) if Path(path).is_dir() else f"{path}@{recipe.model.revision or 'main'}"
+        for name, path in _base_paths(recipe).items()
+    }
+
+
+def _write_lock(folder: Path, recipes: Sequence[Recipe], bases: dict[str, str]) -> None:
+    mixes = {f"mix {recipe.data.chat.mix}": mix_hash(Path(recipe.data.chat.mix)) for recipe in recipes if recipe.data.chat}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.lock.yaml").write_text(lock_text(recipes, versions(), bases | mixes))
+
+
+class _Clock:
+    """Keeps the seconds of each phase in phases.json; a phase resumed later adds up."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _read(self) -> dict[str, float]:
+        rows = json.loads(self.path.read_text()) if self.path.exists() else []
+        return {row["phase"]: row["seconds"] for row in rows}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self._read()
+            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"phase": phase, "seconds": value} for phase, value in seconds.items()]
+            self.path.write_text(json.dumps(rows, indent=1))
+
+    def training(self) -> float:
+        """Seconds of all training phases."""
+        return sum(value for phase, value in self._read().items() if phase.startswith("train"))

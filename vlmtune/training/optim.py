@@ -1,0 +1,61 @@
+"""Optimizer groups by part, and learning rate schedules as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from vlmtune.config.schema import Full, OptimConfig, ScheduleConfig, TuningConfig
+from vlmtune.models.tuning import part_of
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]], tuning: TuningConfig, config: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW with one group for each part and decay; vectors (biases, norms) are never decayed.
+
+    Parameters outside the model (an objective's own helpers) form the group `objective` at optim.lr.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            part = part_of(name.removeprefix("model.")) if name.startswith("model.") else "objective"
+            groups[part, parameter.ndim >= 2].append(parameter)
+    settings = {"vision": tuning.vision, "projector": tuning.projector, "language": tuning.language}
+    rows = []
+    for (part, decays), parameters in groups.items():
+        own = settings.get(part)
+        lr, decay = (own.lr, own.weight_decay) if isinstance(own, Full) else (None, None)
+        peak = config.lr if lr is None else lr
+        decay = config.weight_decay if decay is None else decay
+        rows.append(
+            {"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay if decays else 0.0, "part": part}
+        )
+    return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps, fused=True)
+
+
+def lr_factor(step: int, total: int, config: ScheduleConfig) -> float:
+    """The share of the peak learning rate at 0-based `step` of `total`.
+
+    Warm-up rises linearly over ceil(warmup * total) steps and is already above 0 at step 0; cosine and linear then
+    fall to `min_lr_ratio` at the end.
+    """
+    warm = math.ceil(config.warmup * total)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    if config.type == "constant":
+        return 1.0
+    done = (step - warm) / max(total - warm, 1)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if config.type == "cosine" else 1 - done
+    return config.min_lr_ratio + (1 - config.min_lr_ratio) * fall
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """The largest learning rate in force after every group is set to `factor` times its peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return max((group["lr"] for group in optimizer.param_groups), default=0.0)
