@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from vlmtune.data.collate import collate
@@ -26,4 +28,4 @@ def encoded_samples(image_token: int, per_image: int, side: int, count: int = 8)
 def micro_batches(samples: list[Encoded], count: int, packing: str = "isolated"):
     """The samples in `count` micro-batches of uneven size."""
     cuts = [0, *(round(len(samples) * (i / count) ** 1.5) for i in range(1, count)), len(samples)]
-    return [collate(samples[a:b], packing) for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [collate(samples[a:b], packing) for a, b in pairwise(cuts)]

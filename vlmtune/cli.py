@@ -23,7 +23,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, such as run.seed=1 optim.lr=1e-4."),
 ]
-ModelPath = Annotated[str, typer.Argument(metavar="MODEL", help="An exported folder, a step folder, or a hub id.")]
+ModelPath = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An exported folder, a step folder, or a hub id.")
+]
 
 
 @app.command()
@@ -31,7 +33,8 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Move an earlier run with other settings aside instead of refusing.")
+        bool,
+        typer.Option("--fresh", help="Move an earlier run with other settings aside instead of refusing."),
     ] = False,
 ) -> None:
     """Train every stage of RECIPE, export, and score. Run it again to resume; finished stages are skipped."""
@@ -65,7 +68,9 @@ def check(
 def show(
     recipe: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A recipes/*.yaml file.")] = None,
     overrides: Overrides = None,
-    schema: Annotated[bool, typer.Option("--schema", help="The JSON Schema that editors complete with.")] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="The JSON Schema that editors complete with.")
+    ] = False,
 ) -> None:
     """Print RECIPE with everything resolved, or the schema of recipes."""
     import json
@@ -90,7 +95,9 @@ def inspect(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(help="How many samples to show.")] = 3,
     sample: Annotated[str | None, typer.Option(help="Show the sample with this key (source#row).")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Also the lengths and the packing of one epoch.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Also the lengths and the packing of one epoch.")
+    ] = False,
 ) -> None:
     """Show samples of RECIPE as the model sees them: every token, what is learned in colour, images folded."""
     from vlmtune.config.loader import load_recipe
@@ -119,7 +126,9 @@ def evaluate(
 @app.command()
 def chat(
     model: ModelPath,
-    question: Annotated[str | None, typer.Argument(help="One question; without it a conversation opens.")] = None,
+    question: Annotated[
+        str | None, typer.Argument(help="One question; without it a conversation opens.")
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="A picture; may be given several times.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 256,
 ) -> None:
@@ -138,7 +147,9 @@ def chat(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A step folder of a run.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the training type.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32 or bfloat16; default: the training type.")
+    ] = None,
 ) -> None:
     """Write CHECKPOINT as a Hugging Face folder, reopen it, and compare the logits before ending well."""
     from vlmtune.run import export_step

@@ -1,33 +1,32 @@
 """A run from top to bottom: stages, export, score, report. Reads as the one path of the design.
 
-    recipe -> model -> tuning -> objective -> data -> Engine.fit -> export -> evaluation -> report.md
+recipe -> model -> tuning -> objective -> data -> Engine.fit -> export -> evaluation -> report.md
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import logging
 import shutil
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmtune import __version__
 from vlmtune.config.loader import load_mix
-from vlmtune.config.lock import lock_text, mix_hash, stage_key
+from vlmtune.config.lock import stage_key
 from vlmtune.config.schema import Recipe
-from vlmtune.errors import CheckpointError, Fault, RecipeError
+from vlmtune.errors import CheckpointError, DataError, Fault, RecipeError
+from vlmtune.provenance import Clock, base_hashes, base_paths, versions, write_lock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from transformers import LlavaProcessor
 
+    from vlmtune.data.loader import ChatData
     from vlmtune.evaluation.scores import Scores
     from vlmtune.export.hf import ExportReport
+    from vlmtune.models.vlm import VLM
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +56,14 @@ def run(recipes: Sequence[Recipe], fresh: bool = False) -> RunReport:
 
     quiet_libraries()
     folder = run_folder(recipes[0])
-    clock = _Clock(folder / "phases.json")
-    bases = {name: digest for recipe in recipes for name, digest in _base_hashes(recipe).items()}
+    clock = Clock(folder / "phases.json")
+    bases = {name: digest for recipe in recipes for name, digest in base_hashes(recipe).items()}
     previous, inputs = None, bases
     for index, recipe in enumerate(recipes):
         key = stage_key(recipe, inputs)
         stage = _Stage(recipe, recipes, folder / recipe.stage if len(recipes) > 1 else folder, key, previous)
         if index == 0:
-            _write_lock(folder, recipes, bases)
+            write_lock(folder, recipes, bases)
         previous = _finished(stage)
         if previous is None:
             with clock.phase(f"train {recipe.stage}"):
@@ -109,10 +108,8 @@ def _finished(stage: _Stage) -> Path | None:
 def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
     """The stage's newest checkpoint, and whether a signal ended it early."""
     from vlmtune.data.faults import Quarantine
-    from vlmtune.data.loader import ChatData
     from vlmtune.models.attention import use_attention
     from vlmtune.models.tuning import apply_tuning, table
-    from vlmtune.models.vision import token_counter
     from vlmtune.objectives import build_objective
     from vlmtune.training.checkpoint import restore
     from vlmtune.training.distributed import build_accelerator
@@ -127,24 +124,14 @@ def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
     rows = apply_tuning(model, recipe.tuning)
     attention, why = use_attention(model, recipe.model.attention)
     if recipe.run.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     _announce(accelerator, table(rows), f"attention: {attention} ({why})")
 
-    stream = recipe.data.chat
-    assert stream is not None
-    mix_path = Path(stream.mix)
-    data = ChatData(
-        stream,
-        load_mix(mix_path),
-        mix_path.parent,
-        processor,
-        token_counter(model.config),
-        recipe.evaluation.held_out,
-        recipe.run.seed,
-        CACHE,
-    )
+    data = chat_data(recipe, processor, model)
     _announce(accelerator, data.summary())
-    quarantine = Quarantine(stage.folder / "quarantine.jsonl", data.samples, stream.bad_samples.budget)
+    quarantine = Quarantine(stage.folder / "quarantine.jsonl", data.samples, data.config.bad_samples.budget)
+    for bad in data.known_bad():
+        quarantine.add(*bad)
 
     objective = build_objective(recipe.objective, model)
     objective.train()
@@ -159,13 +146,27 @@ def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
         stage.folder,
         {"key": stage.key, "stage": recipe.stage, "recipe": recipe.name, "versions": versions()},
         lambda: _sample_answers(model, processor, data, recipe),
-        lambda batch: [quarantine.add(key, reason) for key, reason in batch.bad] and None,
+        quarantine.add,
     )
     accelerator.init_trackers(recipe.name)
-    total = recipe.schedule.steps or round(recipe.schedule.epochs * data.steps_per_epoch)
-    report = Engine(accelerator, setup, start, max(total, 1)).fit()
+    total = recipe.schedule.steps or max(round((recipe.schedule.epochs or 0) * data.steps_per_epoch), 1)
+    report = Engine(accelerator, setup, start, total).fit()
     accelerator.end_training()
     return report.checkpoint, report.interrupted
+
+
+def chat_data(recipe: Recipe, processor: LlavaProcessor, model: VLM) -> ChatData:
+    """The recipe's conversations, opened and indexed for the model's tokenizer and image tokens."""
+    from vlmtune.data.loader import ChatData
+    from vlmtune.models.vision import token_counter
+
+    stream = recipe.data.chat
+    assert stream is not None  # the loader has seen to it
+    mix = Path(stream.mix)
+    held_out, seed = recipe.evaluation.held_out, recipe.run.seed
+    return ChatData(
+        stream, load_mix(mix), mix.parent, processor, token_counter(model.config), held_out, seed, CACHE
+    )
 
 
 def _resume_point(stage: _Stage, fresh: bool, accelerator: Accelerator) -> Path | None:
@@ -184,8 +185,8 @@ def _resume_point(stage: _Stage, fresh: bool, accelerator: Accelerator) -> Path 
             "Set run.dir=... to keep both, or give --fresh to move it aside.",
         )
     if accelerator.is_main_process:
-        number = next(n for n in range(1, 10_000) if not stage.folder.with_name(f"{stage.folder.name}.old-{n}").exists())
-        shutil.move(stage.folder, stage.folder.with_name(f"{stage.folder.name}.old-{number}"))
+        names = (stage.folder.with_name(f"{stage.folder.name}.old-{number}") for number in count(1))
+        shutil.move(stage.folder, next(name for name in names if not name.exists()))
     accelerator.wait_for_everyone()
     return None
 
@@ -194,9 +195,12 @@ def _build(stage: _Stage, resume: Path | None) -> tuple[Any, Any]:
     """Model and processor: of the checkpoint to resume, of the stage before, or new."""
     from vlmtune.data.render import template_text
     from vlmtune.models.build import build_model, load_model
+    from vlmtune.models.projectors import import_projector
 
     recipe = stage.recipe
     if resume is not None:
+        if recipe.model.projector is not None:
+            import_projector(recipe.model.projector)
         return load_model(resume / "model")
     template = template_text(recipe.model.template)
     if stage.previous is not None:
@@ -208,7 +212,6 @@ def _build(stage: _Stage, resume: Path | None) -> tuple[Any, Any]:
 def _texts(recipes: Sequence[Recipe]) -> Iterator[str]:
     """Every turn's text of every stage's mix: what a new tokenizer is trained on."""
     from vlmtune.data.sources import open_source
-    from vlmtune.errors import DataError
 
     paths = dict.fromkeys(recipe.data.chat.mix for recipe in recipes if recipe.data.chat)
     for path in map(Path, paths):
@@ -244,7 +247,7 @@ def _announce(accelerator: Accelerator, *things: Any) -> None:
 # ---------------------------------------------------------------- after training
 
 
-def _finish(recipe: Recipe, folder: Path, checkpoint: Path, clock: _Clock) -> RunReport:
+def _finish(recipe: Recipe, folder: Path, checkpoint: Path, clock: Clock) -> RunReport:
     """Export, score and report on the main process."""
     from accelerate import PartialState
 
@@ -260,7 +263,11 @@ def _finish(recipe: Recipe, folder: Path, checkpoint: Path, clock: _Clock) -> Ru
             each = recipe.evaluation
             with clock.phase("evaluate"):
                 scores = evaluate_folder(
-                    str(folder / "export"), Path(each.mix), folder, each.batch_size, each.max_new_tokens,
+                    str(folder / "export"),
+                    Path(each.mix),
+                    folder,
+                    each.batch_size,
+                    each.max_new_tokens,
                     train_seconds=clock.training(),
                 )
     write_report(folder)
@@ -271,15 +278,17 @@ def export_step(checkpoint: Path, out: Path, dtype: str | None) -> ExportReport:
     """The reopened and compared export of a step folder."""
     import torch
 
-    from vlmtune.data.probe import probe_batch
     from vlmtune.export.hf import export_model
+    from vlmtune.export.probe import probe_batch
     from vlmtune.models.build import load_model
     from vlmtune.training.checkpoint import read_manifest
 
     manifest = read_manifest(checkpoint)
     model, processor = load_model(checkpoint / "model")
-    kind = getattr(torch, dtype) if dtype else None
-    return export_model(model.eval(), processor, out, kind, probe_batch(processor), manifest)
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
+    if dtype not in kinds:
+        raise RecipeError(f"no export type {dtype!r}", "dtype", "Known: float32, bfloat16.")
+    return export_model(model, processor, out, kinds[dtype], probe_batch(model, processor), manifest)
 
 
 def evaluate_folder(
@@ -291,8 +300,24 @@ def evaluate_folder(
     limit: int | None = None,
     train_seconds: float | None = None,
 ) -> Scores:
-    """The scores of an exported folder (or step folder, or hub id) on `mix`, written to `out`."""
-    raise NotImplementedError
+    """The scores of an exported folder (or step folder, or hub id) on `mix`, written to `out` if given."""
+    from vlmtune.data.sources import SampleSequence, open_source
+    from vlmtune.evaluation.generate import answer, open_model
+    from vlmtune.evaluation.scores import score, write_results
+    from vlmtune.training.logging import progress
+
+    opened, processor = open_model(model)
+    sources = [open_source(source, mix.parent, CACHE) for source in load_mix(mix).sources]
+    samples = SampleSequence(sources, limit)
+    with progress(f"answer {mix.stem}") as advance:
+        predictions = answer(opened, processor, samples, batch_size, max_new_tokens, advance)
+    scores = score(predictions)
+    if out is not None:
+        facts = {} if train_seconds is None else {"train_seconds": train_seconds}
+        write_results(
+            out, predictions, scores, facts | {"model": model, "mix": str(mix), "versions": versions()}
+        )
+    return scores
 
 
 def check_data(recipes: Sequence[Recipe], most: int) -> None:
@@ -312,66 +337,6 @@ def check_data(recipes: Sequence[Recipe], most: int) -> None:
 def _missing_bases(recipe: Recipe) -> list[Fault]:
     return [
         Fault(f"model.{name}: there is no folder {path}", "", "Train or download it first.")
-        for name, path in _base_paths(recipe).items()
+        for name, path in base_paths(recipe).items()
         if not Path(path).exists() and (path.count("/") != 1 or path.startswith((".", "/", "~")))
     ]
-
-
-# ---------------------------------------------------------------- provenance
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    names = ("torch", "transformers", "accelerate", "tokenizers", "pillow")
-    return {"vlmtune": __version__} | {name: importlib.metadata.version(name) for name in names}
-
-
-def _base_paths(recipe: Recipe) -> dict[str, str]:
-    model = recipe.model
-    if model.checkpoint:
-        return {"checkpoint": model.checkpoint}
-    parts = {"vision": model.vision, "language": model.language}
-    return {name: part.path for name, part in parts.items() if part and part.path}
-
-
-def _base_hashes(recipe: Recipe) -> dict[str, str]:
-    """What identifies each base model: the digest of a local folder's weights, or hub id and revision."""
-    from vlmtune.models.build import weights_digest
-
-    return {
-        f"base {name}": weights_digest(Path(path)) if Path(path).is_dir() else f"{path}@{recipe.model.revision or 'main'}"
-        for name, path in _base_paths(recipe).items()
-    }
-
-
-def _write_lock(folder: Path, recipes: Sequence[Recipe], bases: dict[str, str]) -> None:
-    mixes = {f"mix {recipe.data.chat.mix}": mix_hash(Path(recipe.data.chat.mix)) for recipe in recipes if recipe.data.chat}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.lock.yaml").write_text(lock_text(recipes, versions(), bases | mixes))
-
-
-class _Clock:
-    """Keeps the seconds of each phase in phases.json; a phase resumed later adds up."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def _read(self) -> dict[str, float]:
-        rows = json.loads(self.path.read_text()) if self.path.exists() else []
-        return {row["phase"]: row["seconds"] for row in rows}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = self._read()
-            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [{"phase": phase, "seconds": value} for phase, value in seconds.items()]
-            self.path.write_text(json.dumps(rows, indent=1))
-
-    def training(self) -> float:
-        """Seconds of all training phases."""
-        return sum(value for phase, value in self._read().items() if phase.startswith("train"))

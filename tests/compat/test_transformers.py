@@ -1,4 +1,4 @@
-"""An export is a stock `llava`: another process, without vlmtune, on transformers 5 and 4.57, gets our logits.
+"""An export is a stock `llava`: a process without vlmtune, on transformers 5 or 4.57, gets our logits.
 
 The second transformers is a folder that `make compat` fills; VLMTUNE_TRANSFORMERS_4 names another.
 """
@@ -30,18 +30,10 @@ CASES = {
     "siglip_qwen2": (("siglip", "mlp2x", "qwen2"), True, "stretch"),
     "dinov2_llama": (("dinov2", "linear", "llama"), True, "pad"),
 }
-VERSIONS = [
-    "5",
-    pytest.param(
-        "4",
-        marks=[
-            pytest.mark.compat,
-            pytest.mark.skipif(
-                not TRANSFORMERS_4.is_dir(), reason=f"no transformers 4 in {TRANSFORMERS_4}: run `make compat`"
-            ),
-        ],
-    ),
-]
+NEEDS_4 = pytest.mark.skipif(
+    not TRANSFORMERS_4.is_dir(), reason=f"no transformers 4 in {TRANSFORMERS_4}: run `make compat`"
+)
+VERSIONS = ["5", pytest.param("4", marks=[pytest.mark.compat, NEEDS_4])]
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +112,7 @@ def test_a_pinned_image_processor_ignores_torchvision(reading: dict[str, Any]) -
 
 
 @pytest.mark.compat
-@pytest.mark.skipif(not TRANSFORMERS_4.is_dir(), reason=f"no transformers 4 in {TRANSFORMERS_4}: run `make compat`")
+@NEEDS_4
 @pytest.mark.parametrize("reading", ["4"], indirect=True)
 def test_the_second_transformers_is_the_one_meant(reading: dict[str, Any]) -> None:
     assert reading["version"].startswith("4.57.")

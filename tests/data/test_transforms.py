@@ -59,6 +59,14 @@ def test_turns_whose_words_point_at_their_images_keep_their_place() -> None:
     }
 
 
+def test_later_images_do_not_hold_back_the_turns_before_them() -> None:
+    talk = sample("<image>\nq1", "a1", "q2", "a2", "and <image>?", "a3")
+    orders = {tuple(texts(shuffled(talk, seed))) for seed in range(20)}
+    assert orders == {tuple(texts(talk)), ("<image>\nq2", "a2", "q1", "a1", "and <image>?", "a3")}
+    between = sample("<image> or <image>", "a1", "q2", "a2")
+    assert {tuple(texts(shuffled(between, seed))) for seed in range(9)} == {tuple(texts(between))}
+
+
 def test_short_and_odd_conversations_lose_nothing() -> None:
     for talk in (sample(), sample("q"), sample("<image>\nq", "a"), sample("q", "a", system="s")):
         assert shuffled(talk) == talk

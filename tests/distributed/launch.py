@@ -18,7 +18,7 @@ def two_processes(script: str, *arguments: str, timeout: float = 240) -> str:
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     done = subprocess.run(
         [*command, str(Path(__file__).parent / script), *arguments],
         cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True, check=False,

@@ -71,12 +71,16 @@ def test_the_file_for_version_4_names_every_step(tmp_path: Path, name: str) -> N
     write_processor(processor_with(name, **PINNED[name]), tmp_path)
     config = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert config["image_processor_type"] == "CLIPImageProcessor"
-    assert config["do_center_crop"] == (name in ("CLIPImageProcessorPil", "BitImageProcessorPil", "LlavaImageProcessorPil"))
+    assert config["do_center_crop"] == (
+        name in ("CLIPImageProcessorPil", "BitImageProcessorPil", "LlavaImageProcessorPil")
+    )
     assert config["do_convert_rgb"] == (name != "ViTImageProcessorPil")
 
 
 def test_square_padding_cannot_be_pinned(tmp_path: Path) -> None:
-    processor = processor_with("LlavaImageProcessorPil", do_pad=True, size={"shortest_edge": 32}, crop_size=SQUARE)
+    processor = processor_with(
+        "LlavaImageProcessorPil", do_pad=True, size={"shortest_edge": 32}, crop_size=SQUARE
+    )
     assert not write_processor(processor, tmp_path)
     reopened = AutoImageProcessor.from_pretrained(tmp_path, local_files_only=True, backend="pil")
     assert np.array_equal(pixels_of(reopened), pixels_of(processor.image_processor))

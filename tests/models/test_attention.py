@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import tiny_model
 from vlmtune.errors import RecipeError
 from vlmtune.models.attention import use_attention
-from vlmtune.models.vlm import VLM
+from vlmtune.models.vlm import VLM, VLMConfig
 
 LENGTHS = (40, 7, 51, 1, 19)
 IMAGES = (2, 0, 2, 0, 1)
@@ -155,7 +154,7 @@ def test_activation_checkpointing_carries_cu_seqlens() -> None:
 
 
 def test_attention_stays_out_of_shared_configs_and_saved_files(tmp_path) -> None:
-    config = tiny_config()
+    config = VLMConfig(**tiny_model()[0].config.to_dict())
     first, second = VLM(config), VLM(config)
     assert use_attention(first, "eager") == ("eager", "asked for")
     assert first.model.language_model.config._attn_implementation == "vlmtune_packed_eager"
@@ -163,8 +162,24 @@ def test_attention_stays_out_of_shared_configs_and_saved_files(tmp_path) -> None
     assert second.model.language_model.config._attn_implementation == "sdpa"
     assert config.text_config._attn_implementation != "vlmtune_packed_eager"
     first.save_pretrained(tmp_path)
-    assert "attn_implementation" not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
-    assert VLM.from_pretrained(tmp_path).model.language_model.config._attn_implementation == "sdpa"
+    assert "vlmtune_packed" not in (tmp_path / "config.json").read_text()
+    again = VLM.from_pretrained(tmp_path)
+    assert again.model.language_model.config._attn_implementation == "sdpa"
+    use_attention(again, "sdpa")
+    assert again.model.language_model.config._attn_implementation == "vlmtune_packed"
+    assert again.model.vision_tower.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("choice", IMPLEMENTATIONS)
+def test_packed_rows_under_autocast(choice: str) -> None:
+    """Rotary embeddings leave queries and keys in float32 while values are bfloat16."""
+    model, _ = tiny_model()
+    rows, pixels = make_rows(model)
+    expected = separate_logits(model, rows, pixels)
+    use_attention(model, choice)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**packed_inputs(rows), pixel_values=pixels).logits
+    assert (found - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -14,7 +14,15 @@ def tiny_recipe(**changes) -> Recipe:
     base = {
         "name": "tiny",
         "model": {"checkpoint": "nowhere"},
-        "data": {"chat": {"mix": "nowhere.yaml", "batch_size": 8, "max_length": 256, "micro_tokens": 256, "workers": 0}},
+        "data": {
+            "chat": {
+                "mix": "nowhere.yaml",
+                "batch_size": 8,
+                "max_length": 256,
+                "micro_tokens": 256,
+                "workers": 0,
+            }
+        },
         "tuning": {"vision": {"mode": "full"}},
         "optim": {"lr": 1e-3},
         "schedule": {"steps": 10},

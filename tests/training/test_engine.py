@@ -96,7 +96,9 @@ def test_a_stop_signal_saves_and_reports_it(accelerator, tmp_path, number):
 
 def test_rotation_keeps_the_newest_and_clears_torn_saves(accelerator, tmp_path):
     (tmp_path / "step_000001.partial").mkdir(parents=True)
-    engine(accelerator, tmp_path, schedule={"steps": 7}, run={"precision": "fp32", "save_every": 2, "keep": 2}).fit()
+    engine(
+        accelerator, tmp_path, schedule={"steps": 7}, run={"precision": "fp32", "save_every": 2, "keep": 2}
+    ).fit()
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_000006", "step_000007"]
 
 
@@ -117,7 +119,12 @@ def test_optimizer_state_round_trips_without_pickle(accelerator, tmp_path):
     first = engine(accelerator, tmp_path, schedule={"steps": 3})
     first.fit()
     folder = tmp_path / "step_000003"
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {".json", ".safetensors", ".jinja", ".md"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= {
+        ".json",
+        ".safetensors",
+        ".jinja",
+        ".md",
+    }
     second = engine(accelerator, tmp_path / "other")
     assert restore(folder, second.setup.objective, second.optimizer.optimizer) == 3
     ours = optimizer_tensors(first.setup.objective, first.optimizer.optimizer)
@@ -138,9 +145,16 @@ def test_a_checkpoint_of_another_tuning_is_refused(accelerator, tmp_path):
 
 def test_a_torn_save_is_never_a_checkpoint(accelerator, tmp_path, monkeypatch):
     running = engine(accelerator, tmp_path)
-    monkeypatch.setattr("vlmtune.training.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(
+        "vlmtune.training.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full"))
+    )
     with pytest.raises(OSError, match="full"):
         save_step(
-            tmp_path, 5, running.setup.objective, running.optimizer.optimizer, running.setup.processor, {"key": "k"}
+            tmp_path,
+            5,
+            running.setup.objective,
+            running.optimizer.optimizer,
+            running.setup.processor,
+            {"key": "k"},
         )
     assert step_folders(tmp_path) == []

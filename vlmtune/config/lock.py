@@ -16,7 +16,7 @@ from vlmtune.config.schema import Recipe
 from vlmtune.config.tree import Loader
 
 _NO_WEIGHTS: dict[str, Any] = {
-    "run": {"dir", "keep", "log_every", "save_every", "trackers", "probe"},
+    "run": {"dir", "keep", "log_every", "log_samples", "save_every", "trackers", "probe"},
     **dict.fromkeys(("name", "paper", "reason", "evaluation", "export"), True),
 }
 """Keys that leave a stage's weights as they are (of evaluation, the held-out split counts: see stage_key)."""

@@ -6,15 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from vlmtune.config.schema import Custom, Section
+from vlmtune.config.schema import Section
 
 
 class _Source(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Prefix of the sample keys: name#index."""
-    weight: float | None = Field(None, gt=0)
+    weight: float | None = Field(default=None, gt=0)
     """How often each sample is seen in an epoch, on average (1.0: once); give this or count."""
-    count: int | None = Field(None, ge=1)
+    count: int | None = Field(default=None, ge=1)
     """Samples drawn per epoch; give this or weight. Neither: every sample once."""
 
     @model_validator(mode="after")
@@ -42,6 +42,9 @@ class ChatJsonlSource(_Source):
     """Root folder of the image names; None is the file's own folder. Names cannot leave it."""
 
 
+Column = Literal["images", "messages", "question", "answer", "answers", "kind"]
+
+
 class HfDatasetSource(_Source):
     """A datasets.Dataset: local folder (save_to_disk or data files) or hub id."""
 
@@ -50,14 +53,11 @@ class HfDatasetSource(_Source):
     split: str = "train"
     subset: str | None = None
     """Configuration name of the dataset."""
-    columns: dict[Literal["images", "messages", "question", "answer", "answers", "kind"], str] = {
-        "images": "images",
-        "messages": "messages",
-    }
+    columns: dict[Column, str] = Field(default_factory=lambda: {"images": "images", "messages": "messages"})
     """Which column holds what: images with messages, or images with question and answer."""
     streaming: bool = False
     """Read the first `take` rows over the network once into the cache, instead of downloading the whole split."""
-    take: int | None = Field(None, ge=1)
+    take: int | None = Field(default=None, ge=1)
     """Rows to use, from the start; needed with streaming."""
 
     @model_validator(mode="after")
@@ -74,13 +74,13 @@ class EasyVqaSource(_Source):
     split: Literal["train", "test"] = "train"
     task: Literal["question", "conversation", "caption"] = "question"
     """question: one sample a question; conversation: the questions of one image; caption: what the answers tell."""
-    turns: int | None = Field(None, ge=1)
+    turns: int | None = Field(default=None, ge=1)
     """Largest number of questions in one conversation; None: all of an image's."""
 
 
-def _format_tag(value: Any) -> str:
-    name = value.get("format", "") if isinstance(value, dict) else value.format
-    return str(name)
+def _format_tag(value: Any) -> str | None:
+    name = value.get("format") if isinstance(value, dict) else vars(value).get("format")
+    return name if isinstance(name, str) else None
 
 
 MixSource = Annotated[
@@ -104,6 +104,3 @@ class Mix(Section):
         if len(set(names)) != len(names):
             raise ValueError("two sources have the same name; sample keys would clash")
         return self
-
-
-__all__ = ["ChatJsonlSource", "Custom", "EasyVqaSource", "HfDatasetSource", "LlavaJsonSource", "Mix", "MixSource"]

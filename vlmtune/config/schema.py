@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 class Section(BaseModel):
     """A frozen part of the recipe that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Custom(BaseModel):
@@ -24,13 +24,25 @@ class Custom(BaseModel):
     type: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
 
-def _type_tag(value: Any) -> str:
-    name = value.get("type", "") if isinstance(value, dict) else value.type
-    return "custom" if isinstance(name, str) and "." in name else str(name)
+def _tag(value: Any, key: str) -> str | None:
+    """The kind that a mapping, or a section already made, names; None for anything else."""
+    found = (
+        value.get(key)
+        if isinstance(value, dict)
+        else vars(value).get(key)
+        if isinstance(value, BaseModel)
+        else None
+    )
+    return found if isinstance(found, str) else None
 
 
-def _mode_tag(value: Any) -> str:
-    return str(value.get("mode", "")) if isinstance(value, dict) else value.mode
+def _type_tag(value: Any) -> str | None:
+    name = _tag(value, "type")
+    return "custom" if name and "." in name else name
+
+
+def _mode_tag(value: Any) -> str | None:
+    return _tag(value, "mode")
 
 
 # ---------------------------------------------------------------- model
@@ -45,7 +57,7 @@ class VisionConfig(Section):
     """`model_type` and sizes of a tower to make from scratch, as in transformers' config.json."""
     feature_layer: int | None = None
     """Hidden state handed to the projector; None takes the tower family's default (CLIP: -2, LLaVA-1.5)."""
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(default=None, ge=1)
     """Side of the square in pixels; None takes the tower's own. Another needs SigLIP2 (NaFlex), made for it."""
 
     @model_validator(mode="after")
@@ -71,7 +83,7 @@ class PixelShuffleConfig(Section):
     """Each factor x factor square of patches becomes one token, then linear, GELU, linear."""
 
     type: Literal["pixel_shuffle"]
-    factor: int = Field(2, ge=2)
+    factor: int = Field(default=2, ge=2)
     """Side of the square; tokens fall by its square."""
 
 
@@ -79,11 +91,11 @@ class ResamplerConfig(Section):
     """Learned queries read the patches by cross attention: a fixed number of tokens."""
 
     type: Literal["resampler"]
-    queries: int = Field(64, ge=1)
+    queries: int = Field(default=64, ge=1)
     """Tokens per image."""
-    heads: int = Field(8, ge=1)
+    heads: int = Field(default=8, ge=1)
     """Attention heads; must divide the language width."""
-    layers: int = Field(2, ge=1)
+    layers: int = Field(default=2, ge=1)
     """Cross-attention blocks."""
 
 
@@ -100,7 +112,7 @@ ProjectorConfig = Annotated[
 class TokenizerTraining(Section):
     """A byte-level BPE tokenizer trained on the mix's own text (for models from scratch)."""
 
-    vocab_size: int = Field(4096, ge=300)
+    vocab_size: int = Field(default=4096, ge=300)
     """Upper bound of the vocabulary, in tokens."""
 
 
@@ -166,9 +178,9 @@ class Full(Section):
     """Every reachable weight of the part is trained."""
 
     mode: Literal["full"]
-    lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(default=None, gt=0)
     """Peak learning rate of this part; None takes optim.lr."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
     """Decay of this part's matrices; None takes optim.weight_decay. Biases and norms are never decayed."""
 
 
@@ -191,7 +203,7 @@ class TuningConfig(Section):
 class AugmentConfig(Section):
     """Random changes of an image while training, drawn from the sample's own generator; none by default."""
 
-    shift: int = Field(0, ge=0)
+    shift: int = Field(default=0, ge=0)
     """Largest shift in pixels, both ways, on both axes; the edge is repeated."""
     flip_horizontal: bool = False
     """Mirror left and right with probability one half. Never where text or sides matter."""
@@ -214,7 +226,7 @@ TransformConfig = Annotated[
 class BadSamplesConfig(Section):
     """What to do with samples that cannot be read."""
 
-    budget: float = Field(0.01, ge=0, le=1)
+    budget: float = Field(default=0.01, ge=0, le=1)
     """Largest share of the mix that may be bad before the run stops. Each is a zero-weight slot meanwhile."""
 
 
@@ -225,11 +237,11 @@ class ChatStreamConfig(Section):
     """Path of a data_mixes/*.yaml file, relative to the recipe or to the working directory."""
     batch_size: int = Field(ge=1)
     """Samples per optimizer step over all ranks and micro-batches (the paper's global batch size)."""
-    micro_tokens: int = Field(4096, ge=1)
+    micro_tokens: int = Field(default=4096, ge=1)
     """Token budget of one micro-batch on one rank: lower it when memory runs out, results do not change."""
     packing: Literal["isolated", "none"] = "isolated"
     """isolated: samples share a row, none sees another. none: rows of like length, padded."""
-    max_length: int = Field(2048, ge=8)
+    max_length: int = Field(default=2048, ge=8)
     """Longest sample in tokens, image tokens included."""
     overlong: Literal["drop", "shorten", "error"] = "shorten"
     """A longer sample is left out, or loses its last question-answer pairs, or stops the run. An image is never cut."""
@@ -237,14 +249,14 @@ class ChatStreamConfig(Section):
     """Sample -> Sample functions, in order, redrawn each epoch."""
     augment: AugmentConfig = AugmentConfig()
     bad_samples: BadSamplesConfig = BadSamplesConfig()
-    workers: int = Field(2, ge=0)
+    workers: int = Field(default=2, ge=0)
     """Loader processes on each rank; 0 loads in the training process. Results do not depend on it."""
 
     @model_validator(mode="after")
     def _fits(self) -> ChatStreamConfig:
         if self.max_length > self.micro_tokens:
             raise ValueError(
-                f"max_length {self.max_length} exceeds micro_tokens {self.micro_tokens}: a sample must fit a micro-batch"
+                f"max_length {self.max_length} exceeds micro_tokens {self.micro_tokens}: a micro-batch must hold a sample"
             )
         return self
 
@@ -262,7 +274,7 @@ class NextTokenConfig(Section):
     """Cross entropy of the supervised tokens (visual instruction tuning)."""
 
     type: Literal["next_token"] = "next_token"
-    chunk: int = Field(512, ge=1)
+    chunk: int = Field(default=512, ge=1)
     """Supervised tokens whose logits exist at one time."""
 
 
@@ -277,10 +289,10 @@ class OptimConfig(Section):
 
     lr: float = Field(gt=0)
     """Peak learning rate of the parts that name none."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
 
@@ -288,13 +300,13 @@ class ScheduleConfig(Section):
     """How long, and how the learning rate moves."""
 
     type: Literal["cosine", "linear", "constant"] = "cosine"
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
     """Passes over the mix; give this or steps."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; give this or epochs."""
-    warmup: float = Field(0.03, ge=0, lt=1)
+    warmup: float = Field(default=0.03, ge=0, lt=1)
     """Share of the steps in which the rate rises linearly from 0 (LLaVA-1.5: 0.03)."""
-    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Where cosine and linear end, as a share of the peak."""
 
     @model_validator(mode="after")
@@ -312,18 +324,20 @@ class RunConfig(Section):
 
     dir: str | None = None
     """Output folder; None is runs/<name>."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the fresh weights, the order of samples, and every draw of transforms and augmentation."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast to bfloat16, sums and optimizer in the weights' own type."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for about a third more time."""
-    save_every: int = Field(500, ge=1)
+    save_every: int = Field(default=500, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are removed after a newer one is complete."""
-    log_every: int = Field(10, ge=1)
+    log_every: int = Field(default=10, ge=1)
     """Optimizer steps between lines of metrics.jsonl."""
+    log_samples: bool = False
+    """Also write samples.jsonl: the keys of the samples of every step."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written. Each needs its own package (extra: track)."""
     probe: bool = True
@@ -333,13 +347,13 @@ class RunConfig(Section):
 class HeldOutConfig(Section):
     """Samples of the training mix that are never trained on, to watch the loss by dataset."""
 
-    fraction: float = Field(0.01, ge=0, lt=0.5)
+    fraction: float = Field(default=0.01, ge=0, lt=0.5)
     """Share of each source; 0 turns it off."""
-    most: int = Field(256, ge=1)
+    most: int = Field(default=256, ge=1)
     """Largest number of samples per source."""
-    every: int = Field(500, ge=1)
+    every: int = Field(default=500, ge=1)
     """Optimizer steps between two measurements; the last step is always measured."""
-    answers: int = Field(4, ge=0)
+    answers: int = Field(default=4, ge=0)
     """Greedy answers shown at each measurement."""
 
 
@@ -349,9 +363,9 @@ class EvaluationConfig(Section):
     held_out: HeldOutConfig = HeldOutConfig()
     mix: str | None = None
     """Mix answered by generation from the exported folder when training ends; None skips it."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Prompts generated together."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
 
 
 class ExportConfig(Section):
@@ -371,7 +385,7 @@ class Recipe(Section):
     """Source of the settings (arXiv id or reference)."""
     reason: str | None = None
     """Why the settings are as they are, where no paper says it."""
-    stage: str = Field("train", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    stage: str = Field(default="train", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
     """Set by the loader from the key under `stages`."""
     model: ModelConfig
     tuning: TuningConfig = TuningConfig()
@@ -382,11 +396,3 @@ class Recipe(Section):
     run: RunConfig = RunConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
-
-
-PROJECTOR_TYPES: dict[str, type[Section]] = {
-    "linear": LinearConfig,
-    "mlp2x": Mlp2xConfig,
-    "pixel_shuffle": PixelShuffleConfig,
-    "resampler": ResamplerConfig,
-}

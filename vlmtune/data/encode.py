@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL.Image import Image
 from torch import Tensor
 from transformers import LlavaProcessor
@@ -59,7 +60,7 @@ class Encoder:
         """One Encoded per request, in order. The images of all go through the image processor in one call."""
         loaded = [self._load(request) for request in requests]
         images = [image for each in loaded if isinstance(each, _Loaded) for image in each.images]
-        pixels = iter(self._pixels(images))
+        pixels = self._pixels(images)
         return [
             bad_slot(request.key, each, self.pad)
             if isinstance(each, str)
@@ -108,10 +109,10 @@ class Encoder:
             raise DataError(f"{len(rendered.input_ids)} tokens, more than max_length {most}", sample.key)
         return short, self.renderer.render(short, sizes[: len(short.images)])
 
-    def _pixels(self, images: list[Image]) -> Sequence[Tensor]:
+    def _pixels(self, images: list[Image]) -> Iterator[Float[Tensor, "3 h w"]]:
         if not images:
-            return ()
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            return iter(())
+        return iter(self.processor.image_processor(images, return_tensors="pt")["pixel_values"])
 
 
 def _encoded(key: str, rendered: Rendered, pixels: list[Tensor]) -> Encoded:

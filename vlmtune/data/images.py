@@ -46,8 +46,8 @@ _TAIL = 64
 def open_image(ref: ImageRef) -> Image.Image:
     """Returns the picture upright (EXIF) as 8-bit RGB, transparent parts on white.
 
-    Of an animation: the first frame. Raises DataError: missing, outside its root, remote, empty, no image, cut
-    off, or too large.
+    Of an animation, the first frame. Raises DataError: missing, outside its root, remote, empty, not an
+    image, cut off, too large.
     """
     with _opened(ref) as image:
         turn = _TURNS.get(_orientation(image))
@@ -85,14 +85,13 @@ def augment(image: Image.Image, config: AugmentConfig, rng: np.random.Generator)
     mirror, upset = rng.random(2) < 0.5
     columns = _line(image.width, int(right), bool(mirror) and config.flip_horizontal)
     rows = _line(image.height, int(down), bool(upset) and config.flip_vertical)
-    return Image.fromarray(np.asarray(image).take(rows, axis=0).take(columns, axis=1))
+    pixels = np.asarray(image).take(rows, axis=0, mode="clip").take(columns, axis=1, mode="clip")
+    return Image.fromarray(pixels)
 
 
 def _line(length: int, shift: int, reverse: bool) -> np.ndarray:
     places = np.arange(-shift, length - shift)
-    if reverse:
-        places = places[::-1]
-    return places.clip(0, length - 1)
+    return places[::-1] if reverse else places
 
 
 @contextmanager
@@ -206,11 +205,8 @@ def _has_end(image: Image.Image) -> bool:
     stream, mark = image.fp, _ENDS.get(image.format or "")
     if stream is None or mark is None:
         return False
-    place = stream.tell()  # PNG decodes on from here
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
-    tail = stream.read()
-    stream.seek(place)
-    return tail.rstrip(b"\0").endswith(mark)
+    return stream.read().rstrip(b"\0").endswith(mark)
 
 
 __all__ = ["FORMATS", "MAX_PIXELS", "augment", "check_image", "image_size", "open_image"]

@@ -10,13 +10,12 @@ import fcntl
 import json
 import multiprocessing
 import os
-import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +66,7 @@ def build_index(
 ) -> Index:
     """The source's index, from the cache or made now; the key holds all that a length depends on.
 
+    The renderer's image token count goes in by its repr, which for a dataclass is the same in every process.
     Raises DataError when another process was making it and has stopped to get on.
     """
     folder = cache / "index" / f"{source.name}-{_key(source, renderer)}"
@@ -100,14 +100,13 @@ def _key(source: Source, renderer: Renderer) -> str:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     del content["truncation"], content["padding"]  # state of the last call
     counter = renderer.image_tokens
-    identity = repr(counter) if is_dataclass(counter) else pickle.dumps(counter, protocol=4)
     return digest(
         VERSION,
         source.fingerprint,
         renderer.template_text,
         json.dumps(content, sort_keys=True),
         sorted(tokenizer.special_tokens_map.items()),
-        f"{type(counter).__module__} {identity!r}",
+        f"{type(counter).__module__} {counter!r}",
     )
 
 

@@ -10,10 +10,14 @@ import os
 import resource
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_bool
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, islice, zip_longest
+from multiprocessing.sharedctypes import RawValue
+from multiprocessing.util import Finalize
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple, final, overload
 
 import numpy as np
@@ -120,7 +124,7 @@ class ChatData:
         return "\n".join(part.summary(self.config.max_length) for part in self._parts)
 
     def known_bad(self) -> Iterator[tuple[str, str]]:
-        """Key and reason of each sample that indexing found unusable: enough to stop before the first step."""
+        """Key and reason of each sample that indexing found unusable: may be enough to stop at once."""
         for part in self._parts:
             yield from ((f"{part.source.name}#{row}", reason) for row, reason in part.reasons.items())
 
@@ -253,25 +257,37 @@ class ChatStream:
 def step_loader(
     data: ChatData, rank: int, world: int, start: int, stop: int, workers: int
 ) -> Iterator[list[ChatBatch]]:
-    """The micro-batches of steps start, ..., stop - 1 in order, `workers` processes loading two steps ahead each.
+    """The micro-batches of steps start, ..., stop - 1 in order; each worker process loads two steps ahead.
 
     Starts at any step without replaying earlier ones, and leaves the global random state alone.
     """
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
-        _allow_open_files()
+    if not workers:
+        yield from (data.step(step, rank, world) for step in range(start, stop))
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
+    _allow_open_files()
+    ending = RawValue(c_bool, False)
+    at_exit = Finalize(None, setattr, (ending, "value", True), exitpriority=0)
     loader = DataLoader(
         _Steps(data, rank, world),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=2,
         collate_fn=_as_it_is,
-        worker_init_fn=_ignore_signals,
-        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=partial(_outlive_signals, ending),
+        multiprocessing_context="fork",
         generator=torch.Generator(),
     )
-    return iter(loader)
+    steps = iter(loader)
+    try:
+        yield from steps
+    finally:
+        ending.value = True
+        at_exit.cancel()
+        # There is no public name for this. Left to the garbage collector after an error, the queue may go first
+        # and the workers never hear of the end.
+        steps._shutdown_workers()
 
 
 @final
@@ -289,10 +305,19 @@ def _as_it_is(batches: list[ChatBatch]) -> list[ChatBatch]:
     return batches
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole group must let the trainer save; workers end when it does."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(ending: c_bool, worker: int) -> None:
+    """A signal to the whole process group must let the trainer save: workers end with the trainer only.
+
+    `ending` is in shared memory and set before the trainer ends them. Ignoring SIGTERM outright would hang its
+    exit in the middle of a step: Python then terminates the workers in this way, and waits for them.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if ending.value:
+            os._exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _allow_open_files() -> None:

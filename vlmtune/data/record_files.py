@@ -34,6 +34,7 @@ _LARGEST = 1 << 26
 
 _DECODER = json.JSONDecoder()
 _BLANKS = re.compile(r"[ \t\r\n]*")
+_FOLLOWS = re.compile(r"[ \t\r\n]*[,\]]")
 
 
 @final
@@ -185,15 +186,18 @@ class _Reader:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._place)
             except json.JSONDecodeError:
-                if len(self._text) - self._place > _LARGEST or not self._read_on():
+                if not self._read_on():
                     raise
                 continue
-            if end < len(self._text) or not self._read_on():  # a number at the end may go on
+            # A number ends where the list goes on: "0" may be the start of "0.5" whose rest is not read yet.
+            if _FOLLOWS.match(self._text, end) or not self._read_on():
                 self._place = end
                 return value
 
     def _read_on(self) -> bool:
         """Reads as much again as is unread, so that a long value is scanned a constant number of times."""
+        if len(self._text) - self._place > _LARGEST:
+            return False
         more = self._file.read(max(_CHUNK, len(self._text) - self._place))
         self._text, self._place = self._text[self._place :] + more, 0
         return bool(more)

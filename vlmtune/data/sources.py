@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Protocol, final, runtime_checkable
+from typing import Protocol, final, overload, runtime_checkable
 
 from vlmtune.config.mix import ChatJsonlSource, EasyVqaSource, HfDatasetSource, LlavaJsonSource, MixSource
 from vlmtune.data.caching import digest
@@ -123,3 +125,27 @@ def _within(fault: Fault, name: str) -> Fault:
 
 
 __all__ = ["RecordSource", "Source", "open_source"]
+
+
+@final
+class SampleSequence(Sequence[ChatSample]):
+    """The samples of several sources one after another, at most `most` of each; looked up when asked for."""
+
+    def __init__(self, sources: Sequence[Source], most: int | None = None) -> None:
+        self._sources = sources
+        self._ends = list(accumulate(min(len(source), most or len(source)) for source in sources))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> ChatSample: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ChatSample]: ...
+    def __getitem__(self, index: int | slice) -> ChatSample | list[ChatSample]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        source = bisect_right(self._ends, index)
+        return self._sources[source][index - (self._ends[source - 1] if source else 0)]

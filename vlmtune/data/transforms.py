@@ -48,10 +48,7 @@ def shuffle_turns(sample: ChatSample, rng: np.random.Generator) -> ChatSample:
     if len(exchanges) < 2:
         return sample
     body, marks = _without_marks(exchanges[0][0].text)
-    if marks == sample.image_marks:
-        exchanges[0] = (replace(exchanges[0][0], text=body), *exchanges[0][1:])
-    else:
-        marks = 0
+    exchanges[0] = (replace(exchanges[0][0], text=body), *exchanges[0][1:])
     free = [place for place, exchange in enumerate(exchanges) if not _has_mark(exchange)]
     moved = list(exchanges)
     for place, origin in zip(free, rng.permutation(free), strict=True):
@@ -82,9 +79,12 @@ def _exchanges(turns: Sequence[Turn]) -> tuple[list[Turn], list[tuple[Turn, ...]
 
 
 def _without_marks(text: str) -> tuple[str, int]:
-    """Returns the text without its leading and trailing marks, and how many these are."""
-    body = _TRAILING.sub("", _LEADING.sub("", text, count=1) if _LEADING.match(text) else text)
-    return body, text.count(IMAGE_MARK) - body.count(IMAGE_MARK)
+    """Returns the text without leading or trailing marks, and how many; as it is if others are left."""
+    end = _LEADING.match(text) or _TRAILING.search(text)
+    if end is None:
+        return text, 0
+    body = text[: end.start()] + text[end.end() :]
+    return (text, 0) if IMAGE_MARK in body else (body, end[0].count(IMAGE_MARK))
 
 
 def _has_mark(exchange: tuple[Turn, ...]) -> bool:

@@ -2,8 +2,8 @@
 
 transformers 5 picks torchvision's resize where torchvision is installed and PIL's elsewhere; they differ by
 one grey level in places (0.015 after CLIP's normalisation), and both are saved under one name. The public
-class `PilBackend` has no twin on torchvision, so a folder that names it is read with PIL everywhere. Version 4
-reads `preprocessor_config.json`, where `CLIPImageProcessor` is the PIL class of that version.
+class `PilBackend` has no twin on torchvision, so a folder that names it is read with PIL everywhere. Version
+4 reads `preprocessor_config.json`, where `CLIPImageProcessor` is the PIL class of that version.
 """
 
 from __future__ import annotations

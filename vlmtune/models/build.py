@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 
 import torch
@@ -76,8 +77,8 @@ def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tupl
     language = _language(config, tokenizer, dtype)
 
     vlm_config = VLMConfig(
-        vision_config=tower.config,
-        text_config=language.config,
+        vision_config=copy.deepcopy(tower.config),  # the new owner resets their attention
+        text_config=copy.deepcopy(language.config),
         projector=config.projector.model_dump(mode="json"),
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_MARK),
         vision_feature_layer=feature_layer,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -15,7 +17,9 @@ def hidden_states(model: nn.Module, batch: ChatBatch) -> Float[Tensor, "b t d"]:
     A rank whose micro-batch holds no image runs a blank one at weight zero when other ranks exist: all ranks then
     call the same modules, without which DDP fails on its next step and ZeRO-3 or FSDP hang.
     """
-    segments = {} if batch.cu_seqlens is None else {"cu_seqlens": batch.cu_seqlens}
+    segments: dict[str, Any] = {}
+    if batch.cu_seqlens is not None:
+        segments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": int(batch.position_ids.max()) + 1}
     hidden = model.model(
         input_ids=batch.input_ids,
         pixel_values=batch.pixel_values,

@@ -30,7 +30,9 @@ def sum_over_ranks(accelerator: Accelerator, values: dict[str, float]) -> dict[s
     if accelerator.num_processes == 1:
         return values
     names = sorted(values)
-    packed = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=accelerator.device)
+    packed = torch.tensor(
+        [float(values[name]) for name in names], dtype=torch.float64, device=accelerator.device
+    )
     total = accelerator.reduce(packed, reduction="sum")
     return dict(zip(names, total.tolist(), strict=True))
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from vlmtune.config.schema import Recipe
@@ -33,11 +35,12 @@ from vlmtune.types import ChatBatch
 class Stream(Protocol):
     """What the engine needs of the data: steps in any order, and the held-out batches of this rank."""
 
-    steps_per_epoch: int
+    @property
+    def steps_per_epoch(self) -> int: ...
 
     def steps(self, start: int, stop: int) -> Iterable[list[ChatBatch]]: ...
 
-    def held_out(self) -> dict[str, list[ChatBatch]]: ...
+    def held_out(self) -> Mapping[str, Sequence[ChatBatch]]: ...
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Setup:
     """Goes into every checkpoint beside its step."""
     answer: Callable[[], list[dict[str, str]]] | None = None
     """A few greedy answers on held-out samples, shown at every measurement."""
-    on_bad: Callable[[ChatBatch], None] | None = None
-    """Receives every batch that holds zero-weight slots; raises when the budget is spent."""
+    on_bad: Callable[[str, str], None] | None = None
+    """Receives key and reason of every zero-weight slot; raises when the budget is spent."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ class Engine:
 
     def fit(self) -> FitReport:
         """Trains to the end, or to the first step after a stop signal."""
-        began, run = time.monotonic(), self.recipe.run
+        began, run, accelerator = time.monotonic(), self.recipe.run, self.accelerator
         title = f"{self.recipe.name} {self.recipe.stage}"
         checkpoint = self.setup.folder
         stopped = False
         with (
-            RunLog(self.accelerator, self.setup.folder, title, self.total, self.start) as log,
+            RunLog(accelerator, self.setup.folder, title, self.total, self.start, run.log_samples) as log,
             self._stop_on_signal(log),
         ):
             step = self.start
@@ -133,11 +136,13 @@ class Engine:
         window.tokens += counted["_useful"]
         window.padding += counted["_padding"]
         log.advance(step + 1)
+        if run.log_samples:
+            log.record_samples(step + 1, gather_object([key for batch in micros for key in batch.keys]))
         if (step + 1) % run.log_every == 0 or step + 1 == self.total:
             log.record(self._row(step, sums, norm, lr))
         return sums["_stop"] > 0
 
-    def _counts(self, micros: list[ChatBatch]) -> dict[str, float]:
+    def _counts(self, micros: Sequence[ChatBatch]) -> dict[str, float]:
         """The objective's denominators, and sizes for the log (underscored), summed over micro-batches and ranks."""
         objective = self.setup.objective
         counted: dict[str, float] = {"_samples": 0.0, "_useful": 0.0, "_padding": 0.0}
@@ -175,7 +180,9 @@ class Engine:
     def _demand_finite(self, step: int, sums: dict[str, float], norm: float, micros: list[ChatBatch]) -> None:
         if all(map(math.isfinite, (norm, *sums.values()))):
             return
-        broken = [batch for batch, share in zip(micros, self._shares, strict=True) if not math.isfinite(share)]
+        broken = [
+            batch for batch, share in zip(micros, self._shares, strict=True) if not math.isfinite(share)
+        ]
         keys = [key for batch in broken or micros for key in batch.keys]
         shown = ", ".join(keys[:20]) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
         values = ", ".join(f"{name} {value}" for name, value in sums.items() if name[0] != "_")
@@ -183,7 +190,7 @@ class Engine:
             f"the loss or its gradient is not finite ({values}, gradient norm {norm}); the step was not applied."
             f" Samples: {shown}",
             f"step {step + 1}",
-            "Look at these samples (vlmtune inspect RECIPE --sample KEY), lower optim.lr, or train in run.precision=fp32.",
+            "Look at them (vlmtune inspect RECIPE --sample KEY), lower optim.lr, or set run.precision=fp32.",
         )
 
     def _row(self, step: int, sums: dict[str, float], norm: float, lr: float) -> dict[str, Any]:
@@ -220,10 +227,11 @@ class Engine:
         objective.train()
         self._window.began += time.monotonic() - began
 
-    def _loss(self, batches: list[ChatBatch]) -> float:
+    def _loss(self, batches: Sequence[ChatBatch]) -> float:
         totals = {name: int(value) for name, value in self._counts(batches).items()}
         shares = [
-            float(self.setup.objective(to_device(batch, self.accelerator.device), totals).loss) for batch in batches
+            float(self.setup.objective(to_device(batch, self.accelerator.device), totals).loss)
+            for batch in batches
         ]
         return sum_over_ranks(self.accelerator, {"loss": sum(shares)})["loss"]
 
@@ -245,9 +253,8 @@ class Engine:
 
     def _report_bad(self, micros: list[ChatBatch]) -> None:
         if self.setup.on_bad is not None:
-            for batch in micros:
-                if batch.bad:
-                    self.setup.on_bad(batch)
+            for key, reason in chain.from_iterable(batch.bad for batch in micros):
+                self.setup.on_bad(key, reason)
 
     @contextmanager
     def _stop_on_signal(self, log: RunLog) -> Iterator[None]:
@@ -273,7 +280,9 @@ def prove_gradients(objective: Objective) -> bool:
     Raises TrainingError naming the weights otherwise: under DDP such a weight would make the ranks drift apart
     without an error.
     """
-    missing = [name for name, weight in objective.named_parameters() if weight.requires_grad and weight.grad is None]
+    missing = [
+        name for name, weight in objective.named_parameters() if weight.requires_grad and weight.grad is None
+    ]
     if not missing:
         return True
     visual = ("model.model.vision_tower.", "model.model.multi_modal_projector.")

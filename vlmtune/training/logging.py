@@ -6,14 +6,23 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -45,22 +54,22 @@ def _step_of(line: str) -> float:
 class RunLog:
     """A context that shows and records one stage on the main process and stays silent on the others."""
 
-    def __init__(self, accelerator: Accelerator, folder: Path, title: str, total: int, start: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        folder: Path,
+        title: str,
+        total: int,
+        start: int,
+        samples: bool = False,
+    ) -> None:
         self._accelerator = accelerator
         self._main = accelerator.is_main_process
         self._console = Console(stderr=True)
         self._metrics = MetricsFile(folder / "metrics.jsonl", start) if self._main else None
+        self._samples = MetricsFile(folder / "samples.jsonl", start) if self._main and samples else None
         self._live = self._console.is_terminal and self._main
-        self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self._console,
-            disable=not self._live,
-        )
+        self._bar = Progress(*_columns(), console=self._console, disable=not self._live)
         self._task = self._bar.add_task(title, total=total, completed=start, note="")
         self._title, self._total, self._start, self._began = title, total, start, time.monotonic()
 
@@ -77,12 +86,19 @@ class RunLog:
         """Moves the bar to `step` steps done."""
         self._bar.update(self._task, completed=step)
 
+    def record_samples(self, step: int, keys: list[str]) -> None:
+        """Writes the keys of all ranks' samples of a step, if the recipe asks for it."""
+        if self._samples is not None:
+            self._samples.write({"step": step, "samples": keys})
+
     def record(self, row: dict[str, Any]) -> None:
         """Writes one line of metrics, to the trackers too, and shows it."""
         if self._metrics is None:
             return
         self._metrics.write(row)
-        scalars = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
+        scalars = {
+            name: value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"
+        }
         for dataset, loss in row.get("held_out", {}).items():
             scalars[f"held_out/{dataset}"] = loss
         if scalars:
@@ -108,7 +124,29 @@ class RunLog:
         for dataset, loss in row.get("held_out", {}).items():
             self.say(f"  held-out {dataset}: loss {loss:.4f}")
         for answer in row.get("answers", ()):
-            self.say(f"  {answer['key']}: {answer['prompt']!r} -> {answer['answer']!r} (is {answer['reference']!r})")
+            self.say(
+                f"  {answer['key']}: {answer['prompt']!r} -> {answer['answer']!r} (is {answer['reference']!r})"
+            )
+
+
+@contextmanager
+def progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal (nothing elsewhere); inside, call the function with (done, total)."""
+    console = Console(stderr=True)
+    with Progress(*_columns(), console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, note="")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _columns() -> tuple[ProgressColumn, ...]:
+    return (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
 
 
 def quiet_libraries() -> None:

@@ -33,7 +33,13 @@ def build_optimizer(
         peak = config.lr if lr is None else lr
         decay = config.weight_decay if decay is None else decay
         rows.append(
-            {"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay if decays else 0.0, "part": part}
+            {
+                "params": parameters,
+                "lr": peak,
+                "peak_lr": peak,
+                "weight_decay": decay if decays else 0.0,
+                "part": part,
+            }
         )
     return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps, fused=True)
 
