@@ -7,6 +7,9 @@ V4     := .cache/transformers-4.57.6
 # PASSIVE: waiting threads sleep instead of spinning, 8x faster when a core is busy elsewhere.
 export OMP_WAIT_POLICY = PASSIVE
 export TOKENIZERS_PARALLELISM = false
+# Keep freed memory: a training step asks for the same blocks again, and fresh pages cost time.
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 8000000000
 
 .DEFAULT_GOAL := help
 .PHONY: help install compat lint types test test-dist recipes golden demo check bench schema clean
@@ -26,7 +29,8 @@ compat: $(V4)/.installed  ## a second, older transformers beside .venv, to prove
 
 $(V4)/.installed: $(VENV)/.installed
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(V4) --upgrade --no-deps \
-	    transformers==4.57.6 'huggingface_hub==0.36.0' 'tokenizers==0.22.2'
+	    transformers==4.57.6 'huggingface_hub==0.36.2' 'tokenizers==0.22.2' \
+	    requests urllib3 charset_normalizer certifi idna
 	@touch $@
 
 lint: install  ## ruff: rules and format
@@ -57,7 +61,7 @@ bench: install  ## training speed against transformers' Trainer and TRL; writes 
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt trl
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/training_speed/run.py
 
-schema: install  ## rewrite recipes/recipe.schema.json and data_mixes/mix.schema.json
+schema: install  ## rewrite recipes/recipe.schema.json
 	$(BIN)/vlmtune show --schema > recipes/recipe.schema.json
 
 clean:  ## remove what the targets made, except runs/

@@ -95,15 +95,13 @@ def inspect(
     overrides: Overrides = None,
     samples: Annotated[int, typer.Option(help="How many samples to show.")] = 3,
     sample: Annotated[str | None, typer.Option(help="Show the sample with this key (source#row).")] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Also the lengths and the packing of one epoch.")
-    ] = False,
+    lengths: Annotated[bool, typer.Option("--lengths", help="Also a table of the token lengths.")] = False,
 ) -> None:
     """Show samples of RECIPE as the model sees them: every token, what is learned in colour, images folded."""
     from vlmtune.config.loader import load_recipe
     from vlmtune.inspection import show_samples
 
-    show_samples(load_recipe(recipe, overrides or ()), samples, sample, plan)
+    show_samples(load_recipe(recipe, overrides or ()), samples, sample, lengths)
 
 
 @app.command("eval")

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vlmtune.config.loader import load_mix
 from vlmtune.config.schema import Recipe
 from vlmtune.types import IGNORE
+
+if TYPE_CHECKING:
+    from vlmtune.data.loader import ChatData
 
 
 def token_strip(pieces: Sequence[str], labels: Sequence[int], image: str) -> Text:
@@ -29,44 +31,40 @@ def token_strip(pieces: Sequence[str], labels: Sequence[int], image: str) -> Tex
     return text
 
 
-def show_samples(recipes: Sequence[Recipe], count: int, key: str | None, plan: bool) -> None:
+def show_samples(recipes: Sequence[Recipe], count: int, key: str | None, lengths: bool) -> None:
     """Prints `count` samples (or the one with `key`) of each stage."""
-    from vlmtune.run import CACHE, build_data
+    from vlmtune.run import build_inputs
 
     console = Console()
     for recipe in recipes:
-        data, processor = build_data(recipe, recipes, CACHE)
-        console.rule(f"{recipe.name} {recipe.stage}: {Path(recipe.data.chat.mix).name}")
+        data, processor = build_inputs(recipe, recipes)
+        console.rule(f"{recipe.name} {recipe.stage}")
         console.print(data.summary())
         tokenizer = processor.tokenizer
-        wanted: Iterable[tuple[int, int]] = [data.find(key)] if key else data.order.epoch(0)[:count].tolist()
+        wanted = [data.find(key)] if key else data.order.epoch(0)[:count].tolist()
         for source, row in wanted:
             encoded = data.encode(source, row, np.random.default_rng(0))
             console.print(Text(encoded.key, style="bold"))
             if encoded.bad:
-                console.print(f"  bad: {encoded.bad}", style="red", markup=False)
+                console.print(Text(encoded.bad, style="red"))
                 continue
             pieces = [tokenizer.decode([token]) for token in encoded.input_ids.tolist()]
             console.print(token_strip(pieces, encoded.labels.tolist(), processor.image_token))
-        if plan:
-            console.print(_plan_table(data))
+        if lengths:
+            console.print(_lengths_table(data))
 
 
-def mix_names(recipe: Recipe) -> list[str]:
-    """The names of the sources of a recipe's mix."""
-    return [source.name for source in load_mix(Path(recipe.data.chat.mix)).sources]
-
-
-def _plan_table(data) -> Table:  # type: ignore[no-untyped-def]
+def _lengths_table(data: ChatData) -> Table:
+    """The token lengths of all sources, bad samples counted apart."""
     lengths = np.concatenate([index.lengths for index in data.indices])
     table = Table("samples", "tokens", "shortest", "median", "longest", "bad")
     good = lengths[lengths > 0]
     table.add_row(
         f"{len(lengths):,}",
         f"{good.sum():,}",
-        str(good.min(initial=0)),
+        str(good.min()) if len(good) else "-",
         str(int(np.median(good))) if len(good) else "-",
-        str(good.max(initial=0)),
+        str(good.max()) if len(good) else "-",
         str(int((lengths == 0).sum())),
     )
     return table

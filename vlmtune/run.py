@@ -169,6 +169,12 @@ def chat_data(recipe: Recipe, processor: LlavaProcessor, model: VLM) -> ChatData
     )
 
 
+def build_inputs(recipe: Recipe, recipes: Sequence[Recipe]) -> tuple[ChatData, LlavaProcessor]:
+    """What the recipe's model would see, for looking at it: the data, rendered for the model's own processor."""
+    model, processor = _build(_Stage(recipe, recipes, run_folder(recipe), "", None), None)
+    return chat_data(recipe, processor, model), processor
+
+
 def _resume_point(stage: _Stage, fresh: bool, accelerator: Accelerator) -> Path | None:
     """The checkpoint to go on from. A run with other inputs is refused, or moved aside with `fresh`."""
     from vlmtune.training.checkpoint import read_manifest, step_folders

@@ -62,7 +62,12 @@ def recipe_of(workload: Workload, checkpointing: bool) -> Recipe:
             "data": {"chat": chat},
             "optim": {"lr": LEARNING_RATE, "max_grad_norm": 1.0},
             "schedule": {"type": "constant", "steps": workload.steps + 1, "warmup": 0.0},
-            "run": {"precision": "bf16", "seed": SEED, "log_every": 1, "activation_checkpointing": checkpointing},
+            "run": {
+                "precision": "bf16",
+                "seed": SEED,
+                "log_every": 1,
+                "activation_checkpointing": checkpointing,
+            },
             "evaluation": {"held_out": {"fraction": 0.0}},
         }
     )
@@ -88,6 +93,8 @@ def train(workload: Workload, meter: Meter, checkpointing: bool) -> None:
     objective.train()
     optimizer = build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim)
     stream = MeteredStream(data.stream(0, 1), meter)
-    Engine(accelerator, Setup(recipe, objective, optimizer, stream, processor, folder, {}), 0, workload.steps + 1).fit()
+    Engine(
+        accelerator, Setup(recipe, objective, optimizer, stream, processor, folder, {}), 0, workload.steps + 1
+    ).fit()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     meter.losses += [json.loads(line)["loss"] for line in lines]

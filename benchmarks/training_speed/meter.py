@@ -13,7 +13,6 @@ from collections import defaultdict
 from typing import Any
 
 import psutil
-import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.data.dataloader import _BaseDataLoaderIter

@@ -28,7 +28,13 @@ ROOT = HERE.parents[1]
 OURS, PEERS = "vlmtune", ("trainer", "trl")
 LOSS_TOLERANCE = 2e-3
 """Relative spread of the first step's loss between arms: bfloat16 sums in another order, and no more."""
-FIGURES = ("samples_per_s", "useful_tokens_per_s", "seconds", "peak_memory_bytes", "peak_memory_above_model_bytes")
+FIGURES = (
+    "samples_per_s",
+    "useful_tokens_per_s",
+    "seconds",
+    "peak_memory_bytes",
+    "peak_memory_above_model_bytes",
+)
 
 Runs = dict[str, list[dict[str, Any]]]
 
@@ -58,8 +64,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32, help="timed samples of a run, after a warm-up step of 16")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--samples", type=int, default=32, help="timed samples of a run, after a warm-up step of 16"
+    )
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--arms", nargs="+", choices=(OURS, *PEERS), default=[OURS, *PEERS])
     parser.add_argument("--threads", type=int, default=2, help="of every process")
@@ -97,7 +107,12 @@ def call(command: list[Any], threads: int) -> None:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
     }
     done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, *map(str, command)],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} failed:\n{(done.stdout + done.stderr)[-4000:]}")
@@ -130,7 +145,8 @@ def agreement(runs: Runs) -> dict[str, Any]:
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """An arm's runs, their medians, and the share of the time that each phase takes."""
     phases = {
-        name: statistics.median(run["phases_seconds"][name] for run in runs) for name in runs[0]["phases_seconds"]
+        name: statistics.median(run["phases_seconds"][name] for run in runs)
+        for name in runs[0]["phases_seconds"]
     }
     total = sum(phases.values())
     return {
@@ -166,12 +182,10 @@ def ratios(runs: Runs) -> dict[str, Any]:
 
 def settings(workload: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """What was run: sizes, samples, and what all arms have in common."""
-    order = workload["order"][workload["scale"]["samples_per_step"] :]
     return {
         "tiny": options.tiny,
         "repetitions": options.repetitions,
-        "timed_samples": len(order),
-        "mean_tokens": statistics.fmean(workload["lengths"][index] for index in order),
+        **workload["figures"],
         "activation_checkpointing": options.checkpointing,
         "precision": "bf16 autocast over float32 weights",
         "optimizer": "fused AdamW, constant rate, gradient norm clipped at 1",

@@ -1,10 +1,10 @@
 """What every arm trains: one stock Llava checkpoint, and samples whose lengths are those of LLaVA-665K.
 
-    model/            config, weights, tokenizer, template, image processor (stock `llava`)
-    images/           small noise pictures
-    data.json         the samples in LLaVA's format;  mix.yaml  the mix that names them
-    encoded.jsonl     the same samples as token ids and labels, for the arm that does not tokenise
-    workload.json     the figures below, and the order in which all arms see the samples
+model/            config, weights, tokenizer, template, image processor (stock `llava`)
+images/           small noise pictures
+data.json         the samples in LLaVA's format;  mix.yaml  the mix that names them
+encoded.jsonl     the same samples as token ids and labels, for the arm that does not tokenise
+workload.json     the figures below, and the order in which all arms see the samples
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ import json
 import logging
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from vlmtune.data.mixes import MixOrder
 from vlmtune.data.render import Renderer, template_text
@@ -99,19 +105,18 @@ class Workload:
         return self.order[self.scale.samples_per_step :]
 
     def figures(self) -> dict[str, float]:
-        """What the samples are like."""
-        batches = _chunks([self.lengths[i] for i in self.order], self.scale.per_device)
+        """What the timed samples are like."""
+        lengths, size = [self.lengths[i] for i in self.timed], self.scale.per_device
+        padded = sum(
+            max(lengths[i : i + size]) * len(lengths[i : i + size]) for i in range(0, len(lengths), size)
+        )
         return {
-            "samples": len(self.lengths),
-            "mean_tokens": statistics.fmean(self.lengths),
-            "longest": max(self.lengths),
-            "supervised_share": sum(self.supervised) / sum(self.lengths),
-            "fill_of_padded_batches": sum(self.lengths) / sum(len(batch) * max(batch) for batch in batches),
+            "timed_samples": len(lengths),
+            "mean_tokens": statistics.fmean(lengths),
+            "longest": max(lengths),
+            "supervised_share": sum(self.supervised[i] for i in self.timed) / sum(lengths),
+            "fill_of_padded_batches": sum(lengths) / padded,
         }
-
-
-def _chunks(values: list[int], size: int) -> list[list[int]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def load_workload(folder: Path) -> Workload:
@@ -141,9 +146,8 @@ def prepare(folder: Path, scale: Scale, timed_samples: int) -> Workload:
         tuple(len(each["input_ids"]) for each in rendered),
         tuple(sum(label != IGNORE for label in each["labels"]) for each in rendered),
     )
-    rows = {each.name: vars(workload)[each.name] for each in fields(workload)}
-    text = json.dumps(rows | {"folder": str(folder), "scale": asdict(scale)})
-    (folder / "workload.json").write_text(text)
+    rows = asdict(workload) | {"folder": str(folder), "figures": workload.figures()}
+    (folder / "workload.json").write_text(json.dumps(rows))
     return workload
 
 
@@ -155,8 +159,6 @@ def _model_folder(folder: Path, scale: Scale, words: list[str]) -> tuple[LlavaPr
     template = template_text(TEMPLATE)
     texts = [" ".join(words[start : start + 500]) for start in range(0, len(words), 500)]
     tokenizer = train_tokenizer(texts, scale.vocabulary, template)
-    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(tokenizer.special_tokens_map[f"{name}_token"])
-           for name in ("bos", "eos", "pad")}
     language = LlamaConfig(
         vocab_size=scale.vocabulary,
         hidden_size=scale.hidden,
@@ -166,11 +168,17 @@ def _model_folder(folder: Path, scale: Scale, words: list[str]) -> tuple[LlavaPr
         num_key_value_heads=scale.key_value_heads,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
-        **ids,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        image_size=scale.image_side, patch_size=14,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=scale.image_side,
+        patch_size=14,
     )
     shared = {
         "vision_config": vision,
@@ -181,8 +189,8 @@ def _model_folder(folder: Path, scale: Scale, words: list[str]) -> tuple[LlavaPr
         "tie_word_embeddings": True,
     }
     config = VLMConfig(**shared, projector={"type": "mlp2x"})
-    statistics = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    processor = build_processor(config, tokenizer, square_images("pad", scale.image_side, statistics), template)
+    pixels = square_images("pad", scale.image_side, {"image_mean": [0.5] * 3, "image_std": [0.5] * 3})
+    processor = build_processor(config, tokenizer, pixels, template)
     torch.manual_seed(SEED)
     LlavaForConditionalGeneration(LlavaConfig(**shared)).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -247,12 +255,12 @@ def _text(rng: np.random.Generator, words: list[str], tokens: int) -> str:
 
 
 def _words(rng: np.random.Generator, count: int) -> list[str]:
-    """Distinct words of consonants and vowels in turn."""
+    """Distinct words of one to three syllables."""
+    syllables = [first + second for first in "bcdfghklmnprstvz" for second in "aeiou"]
     found: dict[str, None] = {}
     while len(found) < count:
-        syllables = rng.integers(1, 4)
-        found["".join("bcdfghklmnprstvz"[a] + "aeiou"[b] for a, b in zip(
-            rng.integers(0, 16, syllables), rng.integers(0, 5, syllables), strict=True))] = None
+        drawn = rng.integers(0, len(syllables), rng.integers(1, 4))
+        found["".join(syllables[i] for i in drawn)] = None
     return list(found)
 
 

@@ -90,6 +90,14 @@ MUTED = replace(
     TWO_ROUNDS, turns=tuple(replace(turn, supervised=turn.text == "Brown.") for turn in TWO_ROUNDS.turns)
 )
 SQUARE = Size(8, 8)
+ENDS = {
+    "brief": ("</s>", " "),
+    "chatml": ("<|im_end|>", ""),
+    "llama3": ("<|eot_id|>", ""),
+    "plain": ("\n", ""),
+    "vicuna_v1": ("</s>", " "),
+}
+"""What ends an answer, and the blank before it."""
 
 
 def learned(renderer: Renderer, sample: ChatSample, sizes=(SQUARE,)) -> str:
@@ -109,7 +117,9 @@ def test_learned_tokens_are_the_answers_and_the_prompt_is_a_prefix(template, tok
     # Marks and control tokens have their own tests; SentencePiece writes blanks as ▁: it cannot tell them apart.
     text = (text | odd).filter(lambda text: text.strip() and not {"<", "▁"} & set(text))
     answers = data.draw(st.lists(text, min_size=1, max_size=3))
-    turns: list[tuple] = [("system", data.draw(text))] if data.draw(st.booleans()) else []
+    turns: list[tuple] = []
+    if template != "brief" and data.draw(st.booleans()):
+        turns.append(("system", data.draw(text)))
     images = 0
     for answer in answers:
         marks = data.draw(st.integers(0, 2))
@@ -128,8 +138,7 @@ def test_learned_tokens_are_the_answers_and_the_prompt_is_a_prefix(template, tok
     assert all(label == IGNORE for token, label in pairs if token == made.image_token_id)
     assert rendered.input_ids.count(made.image_token_id) == sum(made.image_tokens(*size) for size in sizes)
     decoded = made.tokenizer.decode([label for label in rendered.labels if label != IGNORE])
-    end = {"plain": "\n", "vicuna_v1": "</s>", "chatml": "<|im_end|>", "llama3": "<|eot_id|>"}[template]
-    space = " " if template == "vicuna_v1" else ""
+    end, space = ENDS[template]
     expected = "".join(space + answer.strip() + end for answer in answers)
     if tokenizer == "metaspace":  # it puts a blank of its own behind an image, and drops the very first
         decoded, expected = (text.replace(end + " ", end).removeprefix(" ") for text in (decoded, expected))
@@ -209,6 +218,8 @@ VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 LAYOUTS = {
+    "brief": "<s>USER: <image>\nWhat animal is this? ASSISTANT: A dog.</s>"
+    "USER: What color is it? ASSISTANT: Brown.</s>",
     "vicuna_v1": f"<s>{VICUNA_SYSTEM}USER: <image>\nWhat animal is this? ASSISTANT: A dog.</s>"
     "USER: What color is it? ASSISTANT: Brown.</s>",
     "plain": "<s><image>A dog.\nBrown.\n",
@@ -221,6 +232,7 @@ LAYOUTS = {
     "<|start_header_id|>assistant<|end_header_id|>\n\nBrown.<|eot_id|>",
 }
 HEADERS = {
+    "brief": "ASSISTANT:",
     "vicuna_v1": "ASSISTANT:",
     "plain": "",
     "chatml": "<|im_start|>assistant\n",
@@ -396,7 +408,7 @@ def test_tokenizer_that_cannot_serve_is_refused():
 
 
 def test_unknown_template_lists_the_choices():
-    with pytest.raises(RecipeError, match=r"did you mean vicuna_v1\? choices: chatml, llama3, plain, v"):
+    with pytest.raises(RecipeError, match=r"did you mean vicuna_v1\? choices: .*chatml, llama3, plain, v"):
         template_text("vicuna_v2")
     with pytest.raises(RecipeError, match="no such chat template file"):
         template_text("here/none.jinja")

@@ -55,6 +55,8 @@ class VisionConfig(Section):
     """Folder or hub id of a CLIP, SigLIP, SigLIP2 or DINOv2 model."""
     config: dict[str, Any] | None = None
     """`model_type` and sizes of a tower to make from scratch, as in transformers' config.json."""
+    pixel_std: float = Field(default=0.5, gt=0)
+    """With config: what pixels (0 to 1, less a mean of 0.5) are divided by; a pretrained tower brings its own."""
     feature_layer: int | None = None
     """Hidden state handed to the projector; None takes the tower family's default (CLIP: -2, LLaVA-1.5)."""
     image_size: int | None = Field(default=None, ge=1)

@@ -31,6 +31,7 @@ _PRESENCE = [
         rf"is (?:an?|(?P<no>no)) {_THING} present\?",
     )
 ]
+_NEGATION = re.compile(r"\b(?:not|no)\b")
 _COLOR_OF = re.compile(rf"what (?:is the color of|color is) the (?:shape|{_THING})\?")
 _SHAPE_OF = re.compile(
     rf"what (?:is the {_THING}|shape does the image contain|shape is in the image|shape is present)\?"
@@ -44,6 +45,11 @@ class Facts:
 
     colors: frozenset[str] = COLORS
     shapes: frozenset[str] = SHAPES
+
+    @property
+    def complete(self) -> bool:
+        """Whether both colour and shape are proved."""
+        return len(self.colors) == len(self.shapes) == 1
 
     def __and__(self, other: Facts) -> Facts:
         return Facts(self.colors & other.colors, self.shapes & other.shapes)
@@ -133,6 +139,8 @@ def _package() -> Any:
 
 def _samples(rows: list[tuple[str, str, int]], config: EasyVqaSource) -> tuple[EasyVqaSample, ...]:
     """Returns the task's samples of (question, answer, image) rows, which stand together by image."""
+    if not config.negated:
+        rows = [row for row in rows if not _NEGATION.search(row[0])]
     if config.task == "question":
         return tuple(EasyVqaSample(image, ((question, answer),)) for question, answer, image in rows)
     made = []
@@ -145,10 +153,14 @@ def _samples(rows: list[tuple[str, str, int]], config: EasyVqaSource) -> tuple[E
 def _parts(pairs: tuple[tuple[str, str], ...], config: EasyVqaSource) -> list[tuple[tuple[str, str], ...]]:
     """Returns the conversations about one image: `turns` questions each, or a caption if one is proved."""
     if config.task == "conversation":
-        step = config.turns or len(pairs)
-        return [pairs[start : start + step] for start in range(0, len(pairs), step)]
-    caption = caption_of(reduce(Facts.__and__, (facts_of(*pair) for pair in pairs)))
-    return [] if caption is None else [((CAPTION_PROMPT, caption),)]
+        # Strides, not runs: neighbours in the file are of one kind.
+        parts = -(-len(pairs) // (config.turns or len(pairs)))
+        return [pairs[start::parts] for start in range(parts)]
+    facts = reduce(Facts.__and__, (facts_of(*pair) for pair in pairs))
+    caption = caption_of(facts)
+    if caption is None or (config.complete and not facts.complete):
+        return []
+    return [((CAPTION_PROMPT, caption),)]
 
 
 def _presence(match: re.Match[str], present: bool) -> Facts:

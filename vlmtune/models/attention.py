@@ -45,6 +45,13 @@ def use_attention(model: LlavaForConditionalGeneration, choice: Choice) -> tuple
     Raises RecipeError when FlashAttention is asked for by name and cannot run. Nothing of it reaches a saved
     config.json: it is a property of the machine, not of the weights.
     """
+    chosen, reason = choose_attention(choice)
+    model.set_attn_implementation({"text_config": NAMES[chosen]})
+    return chosen, reason
+
+
+def choose_attention(choice: Choice) -> tuple[str, str]:
+    """The implementation that `choice` means on this machine, and why; raises RecipeError as `use_attention`."""
     obstacle = _flash_obstacle()
     if choice == "flash_attention_2" and obstacle:
         raise RecipeError(
@@ -53,13 +60,8 @@ def use_attention(model: LlavaForConditionalGeneration, choice: Choice) -> tuple
             remedy="Choose auto or sdpa, or install the extra: pip install 'vlmtune[flash]'.",
         )
     if choice != "auto":
-        chosen, reason = choice, "asked for"
-    elif obstacle:
-        chosen, reason = "sdpa", obstacle
-    else:
-        chosen, reason = "flash_attention_2", "installed, on CUDA"
-    model.set_attn_implementation({"text_config": NAMES[chosen]})
-    return chosen, reason
+        return choice, "asked for"
+    return ("sdpa", obstacle) if obstacle else ("flash_attention_2", "installed, on CUDA")
 
 
 def _flash_obstacle() -> str:

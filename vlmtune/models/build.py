@@ -89,7 +89,7 @@ def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tupl
     if config.language.path is not None:
         _check_same_logits(language, model, config.language.path)
         _grow_embeddings(model, len(tokenizer))
-    statistics = pixel_statistics(config.vision.path)
+    statistics = pixel_statistics(config.vision)
     images = square_images(config.image_fit or "pad", tower.config.image_size, statistics)
     processor = build_processor(model.config, tokenizer, images, template)
     check_processor(model, processor, "model")

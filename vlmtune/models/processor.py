@@ -14,22 +14,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from vlmtune.config.schema import VisionConfig
 from vlmtune.errors import CheckpointError, RecipeError
 from vlmtune.models.tokenizer import PAD, control_tokens
 from vlmtune.models.vision import processor_counts
 from vlmtune.models.vlm import VLMConfig
 from vlmtune.types import IMAGE_MARK
 
-_PLAIN = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 
-
-def pixel_statistics(path: str | None) -> dict[str, Any]:
-    """Mean, deviation and resampling that a pretrained tower was trained with; a half each for a new one.
+def pixel_statistics(config: VisionConfig) -> dict[str, Any]:
+    """Mean, deviation and resampling that a pretrained tower was trained with, or those a new one starts with.
 
     Raises CheckpointError when a pretrained tower comes without them: wrong ones cost accuracy in silence.
     """
+    path = config.path
     if path is None:
-        return _PLAIN
+        return {"image_mean": [0.5] * 3, "image_std": [config.pixel_std] * 3}
     try:
         saved = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
     except (OSError, ValueError) as error:
