@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoProcessor,
     LlavaConfig,
     LlavaProcessor,
@@ -45,10 +46,12 @@ def load_model(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _vlm_config(load_config(path, where, **hub), where)
     model = load_weights(VLM, path, where, dtype or "auto", config, **hub)
-    processor = _load(AutoProcessor, path, where, backend="pil", **hub)
+    processor = _load(AutoProcessor, path, where, **hub)
     if not isinstance(processor, LlavaProcessor):
         kind = type(processor).__name__
         raise CheckpointError(f"the processor is a {kind}", where, "It must be a LlavaProcessor.")
+    # Apart: the keyword would reach the tokenizer too, and be saved there.
+    processor.image_processor = _load(AutoImageProcessor, path, where, backend="pil", **hub)
     for name, value in processor_counts(config).items():
         setattr(processor, name, value)
     check_processor(model, processor, where)
