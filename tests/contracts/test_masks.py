@@ -25,7 +25,14 @@ ABSENT = {"llava_665k", "llava_pretrain_558k"}
 def llava_records() -> list[dict]:
     """LLaVA-665K's shapes: one image first, last and in the middle of the turn, several turns, text only."""
     ask, answer = {"from": "human"}, {"from": "gpt"}
-    texts = ["  Two spaces.", "Line\nbreak", "Ünïcödé ✓ 漢字", "ends with space ", "A. B", "<b>html</b> & more"]
+    texts = [
+        "  Two spaces.",
+        "Line\nbreak",
+        "Ünïcödé ✓ 漢字",
+        "ends with space ",
+        "A. B",
+        "<b>html</b> & more",
+    ]
     shapes = [("<image>\n{}",), ("{}\n<image>",), ("<image>\n{}", "{}", "{}"), ("{}", "{}")]
     records = []
     for i in range(200):
@@ -42,7 +49,11 @@ def sources(mix: Path, folder: Path):
     if mix.stem not in ABSENT:
         return [open_source(source, mix.parent, folder) for source in load_mix(mix).sources]
     (folder / "llava.json").write_text(json.dumps(llava_records()))
-    stand_in = load_mix(mix).sources[0].model_copy(update={"path": str(folder / "llava.json"), "images": str(folder)})
+    stand_in = (
+        load_mix(mix)
+        .sources[0]
+        .model_copy(update={"path": str(folder / "llava.json"), "images": str(folder)})
+    )
     return [open_source(stand_in, folder, folder)]
 
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, SiglipImageProcessorPil
 
+from vlmtune.config.schema import VisionConfig
 from vlmtune.errors import CheckpointError
 from vlmtune.models.processor import pixel_statistics, square_images
 
@@ -59,11 +60,11 @@ def test_a_pretrained_tower_brings_its_own_statistics(tmp_path) -> None:
     SiglipImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4] * 3, resample=2).save_pretrained(
         tmp_path
     )
-    found = pixel_statistics(str(tmp_path))
+    found = pixel_statistics(VisionConfig(path=str(tmp_path)))
     assert (found["image_mean"], found["image_std"], found["resample"]) == ([0.1, 0.2, 0.3], [0.4] * 3, 2)
-    assert pixel_statistics(None) == HALF
+    assert pixel_statistics(VisionConfig(config={})) == HALF
 
 
 def test_a_pretrained_tower_without_statistics_is_refused(tmp_path) -> None:
     with pytest.raises(CheckpointError, match="no image processor in"):
-        pixel_statistics(str(tmp_path))
+        pixel_statistics(VisionConfig(path=str(tmp_path)))
