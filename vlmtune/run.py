@@ -236,7 +236,12 @@ def _sample_answers(model: Any, processor: Any, data: Any, recipe: Recipe) -> li
     samples = data.held_out_samples(recipe.evaluation.held_out.answers)
     limit = min(recipe.evaluation.max_new_tokens, 32)
     return [
-        {"key": each.key, "prompt": each.prompt, "answer": each.prediction, "reference": each.references[0]}
+        {
+            "key": each.key,
+            "prompt": each.prompt,
+            "answer": each.error or each.prediction,
+            "reference": each.references[0],
+        }
         for each in answer(model, processor, samples, len(samples) or 1, limit)
     ]
 

@@ -258,7 +258,7 @@ class ChatStreamConfig(Section):
     def _fits(self) -> ChatStreamConfig:
         if self.max_length > self.micro_tokens:
             raise ValueError(
-                f"max_length {self.max_length} exceeds micro_tokens {self.micro_tokens}: a micro-batch must hold a sample"
+                f"max_length {self.max_length} exceeds micro_tokens {self.micro_tokens}: a sample must fit"
             )
         return self
 
