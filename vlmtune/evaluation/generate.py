@@ -87,6 +87,8 @@ def _prepare(
             continue
         try:
             ids = renderer.prompt(_answered(sample), [size(image) for image in sample.images])
+            if len(ids) < 2:  # at most the token that begins every text
+                raise DataError("the chat template leaves nothing of the question", sample.key)
             prompts.append(Prompt(index, ids, sample.images))
         except DataError as error:
             predictions[index] = _prediction(sample, "", str(error))
