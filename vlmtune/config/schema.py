@@ -398,3 +398,12 @@ class Recipe(Section):
     run: RunConfig = RunConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+
+
+PROJECTOR_TYPES: dict[str, type[Section]] = {
+    "linear": LinearConfig,
+    "mlp2x": Mlp2xConfig,
+    "pixel_shuffle": PixelShuffleConfig,
+    "resampler": ResamplerConfig,
+}
+"""The options of each projector of ours, by its name in a recipe."""
