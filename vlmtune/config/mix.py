@@ -78,13 +78,16 @@ class EasyVqaSource(_Source):
     """Largest number of questions in one conversation; None: all of an image's."""
     negated: bool = True
     """False leaves out the negated questions ("is there not a red shape?"): the easier half of a curriculum."""
+    described: bool = False
+    """True lets every conversation begin with the image's caption, where the answers prove it."""
     complete: bool = False
     """True leaves out the captions of images whose answers do not prove both colour and shape."""
 
 
-def _format_tag(value: Any) -> str | None:
-    name = value.get("format") if isinstance(value, dict) else vars(value).get("format")
-    return name if isinstance(name, str) else None
+def _format_tag(value: Any) -> str:
+    if isinstance(value, dict):
+        return str(value.get("format", ""))
+    return str(vars(value).get("format", "")) if isinstance(value, Section) else ""
 
 
 MixSource = Annotated[

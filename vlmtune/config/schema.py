@@ -6,7 +6,7 @@ dotted `type` is imported as written and gets its other keys unchecked.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
@@ -24,24 +24,19 @@ class Custom(BaseModel):
     type: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
 
 
-def _tag(value: Any, key: str) -> str | None:
-    """The kind that a mapping, or a section already made, names; None for anything else."""
-    found = (
-        value.get(key)
-        if isinstance(value, dict)
-        else vars(value).get(key)
-        if isinstance(value, BaseModel)
-        else None
-    )
-    return found if isinstance(found, str) else None
+def _tag(value: Any, key: str) -> str:
+    """The kind that a mapping, or a section already made, names; empty for anything else."""
+    if isinstance(value, dict):
+        return str(value.get(key, ""))
+    return str(vars(value).get(key, "")) if isinstance(value, BaseModel) else ""
 
 
-def _type_tag(value: Any) -> str | None:
+def _type_tag(value: Any) -> str:
     name = _tag(value, "type")
-    return "custom" if name and "." in name else name
+    return "custom" if "." in name else name
 
 
-def _mode_tag(value: Any) -> str | None:
+def _mode_tag(value: Any) -> str:
     return _tag(value, "mode")
 
 
@@ -400,10 +395,6 @@ class Recipe(Section):
     export: ExportConfig = ExportConfig()
 
 
-PROJECTOR_TYPES: dict[str, type[Section]] = {
-    "linear": LinearConfig,
-    "mlp2x": Mlp2xConfig,
-    "pixel_shuffle": PixelShuffleConfig,
-    "resampler": ResamplerConfig,
-}
+_PROJECTORS = (LinearConfig, Mlp2xConfig, PixelShuffleConfig, ResamplerConfig)
+PROJECTOR_TYPES = {get_args(each.model_fields["type"].annotation)[0]: each for each in _PROJECTORS}
 """The options of each projector of ours, by its name in a recipe."""

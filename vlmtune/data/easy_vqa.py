@@ -139,10 +139,12 @@ def _package() -> Any:
 
 def _samples(rows: list[tuple[str, str, int]], config: EasyVqaSource) -> tuple[EasyVqaSample, ...]:
     """Returns the task's samples of (question, answer, image) rows, which stand together by image."""
-    if not config.negated:
-        rows = [row for row in rows if not _NEGATION.search(row[0])]
     if config.task == "question":
-        return tuple(EasyVqaSample(image, ((question, answer),)) for question, answer, image in rows)
+        return tuple(
+            EasyVqaSample(image, ((question, answer),))
+            for question, answer, image in rows
+            if config.negated or not _NEGATION.search(question)
+        )
     made = []
     for image, group in groupby(rows, key=lambda row: row[2]):
         pairs = tuple((question, answer) for question, answer, _ in group)
@@ -152,15 +154,21 @@ def _samples(rows: list[tuple[str, str, int]], config: EasyVqaSource) -> tuple[E
 
 def _parts(pairs: tuple[tuple[str, str], ...], config: EasyVqaSource) -> list[tuple[tuple[str, str], ...]]:
     """Returns the conversations about one image: `turns` questions each, or a caption if one is proved."""
-    if config.task == "conversation":
-        # Strides, not runs: neighbours in the file are of one kind.
-        parts = -(-len(pairs) // (config.turns or len(pairs)))
-        return [pairs[start::parts] for start in range(parts)]
+    caption = _caption(pairs, config.complete)
+    if config.task == "caption":
+        return [caption] if caption else []
+    asked = [pair for pair in pairs if config.negated or not _NEGATION.search(pair[0])]
+    # Strides, not runs: neighbours in the file are of one kind.
+    parts = -(-len(asked) // (config.turns or len(asked) or 1))
+    opening = caption if config.described else ()
+    return [(*opening, *asked[start::parts]) for start in range(parts)]
+
+
+def _caption(pairs: tuple[tuple[str, str], ...], complete: bool) -> tuple[tuple[str, str], ...]:
+    """Returns the caption as a question and its answer; nothing if the answers do not prove (enough of) one."""
     facts = reduce(Facts.__and__, (facts_of(*pair) for pair in pairs))
     caption = caption_of(facts)
-    if caption is None or (config.complete and not facts.complete):
-        return []
-    return [((CAPTION_PROMPT, caption),)]
+    return () if caption is None or (complete and not facts.complete) else ((CAPTION_PROMPT, caption),)
 
 
 def _presence(match: re.Match[str], present: bool) -> Facts:
