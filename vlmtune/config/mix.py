@@ -78,8 +78,6 @@ class EasyVqaSource(_Source):
     """Largest number of questions in one conversation; None: all of an image's."""
     negated: bool = True
     """False leaves out the negated questions ("is there not a red shape?"): the easier half of a curriculum."""
-    described: bool = False
-    """True lets every conversation begin with the image's caption, where the answers prove it."""
     complete: bool = False
     """True leaves out the captions of images whose answers do not prove both colour and shape."""
 

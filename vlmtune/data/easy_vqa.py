@@ -154,14 +154,13 @@ def _samples(rows: list[tuple[str, str, int]], config: EasyVqaSource) -> tuple[E
 
 def _parts(pairs: tuple[tuple[str, str], ...], config: EasyVqaSource) -> list[tuple[tuple[str, str], ...]]:
     """Returns the conversations about one image: `turns` questions each, or a caption if one is proved."""
-    caption = _caption(pairs, config.complete)
     if config.task == "caption":
+        caption = _caption(pairs, config.complete)
         return [caption] if caption else []
     asked = [pair for pair in pairs if config.negated or not _NEGATION.search(pair[0])]
     # Strides, not runs: neighbours in the file are of one kind.
     parts = -(-len(asked) // (config.turns or len(asked) or 1))
-    opening = caption if config.described else ()
-    return [(*opening, *asked[start::parts]) for start in range(parts)]
+    return [tuple(asked[start::parts]) for start in range(parts)]
 
 
 def _caption(pairs: tuple[tuple[str, str], ...], complete: bool) -> tuple[tuple[str, str], ...]:
