@@ -241,7 +241,7 @@ def test_the_card_says_what_it_needs(tmp_path: Path) -> None:
     stock = export(*tiny_model(), tmp_path / "stock").path / "README.md"
     own = export(*tiny_model(projector="resampler"), tmp_path / "own").path / "README.md"
     assert "import vlmtune" not in stock.read_text()
-    assert "import vlmtune\n" in own.read_text()
+    assert "import vlmtune.models.vlm\n" in own.read_text()
     assert "Recipe: `tiny`" in stock.read_text()
 
 

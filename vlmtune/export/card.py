@@ -27,8 +27,8 @@ print(processor.decode(answer, skip_special_tokens=True))
 """
 _STOCK = "A plain `llava`: it loads with transformers (5, and 4.57) alone, and in what is built on it."
 _OWN = (
-    "The projector is not one of transformers': it needs `import vlmtune` in front, and other programs "
-    "cannot load it."
+    "The projector is not one of transformers': it needs `import vlmtune.models.vlm` in front, and other "
+    "programs cannot load it."
 )
 _SQUARE = (
     'Pictures are padded to squares; where torchvision is installed, `backend="pil"` above gives the pixels '
@@ -40,7 +40,9 @@ def model_card(
     name: str, stock: bool, pinned: bool, parts: Mapping[str, PartDigest], manifest: Mapping[str, Any]
 ) -> str:
     """The text of README.md: how to load, what it is made of, where it comes from."""
-    use = ("" if stock else "import vlmtune\n") + _USE.format(backend="" if pinned else ', backend="pil"')
+    use = ("" if stock else "import vlmtune.models.vlm\n") + _USE.format(
+        backend="" if pinned else ', backend="pil"'
+    )
     notes = [_STOCK if stock else _OWN] + ([] if pinned else [_SQUARE])
     rows = [f"| {part} | {digest.parameters:,} | `{digest.sha256[:16]}` |" for part, digest in parts.items()]
     recipe = manifest.get("recipe")

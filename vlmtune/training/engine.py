@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -79,6 +79,18 @@ class _Window:
     tokens: float = 0.0
     padding: float = 0.0
     began: float = 0.0
+    steps: int = 0
+    terms: dict[str, float] = field(default_factory=dict)
+
+    def add(self, counted: Mapping[str, float], sums: Mapping[str, float]) -> None:
+        """Takes in one optimizer step: its counts, and the global value of each term."""
+        self.samples += counted["_samples"]
+        self.tokens += counted["_useful"]
+        self.padding += counted["_padding"]
+        self.steps += 1
+        for name, value in sums.items():
+            if name[0] != "_":
+                self.terms[name] = self.terms.get(name, 0.0) + value
 
 
 class Engine:
@@ -131,15 +143,12 @@ class Engine:
         self._demand_finite(step, sums, norm, micros)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        window = self._window
-        window.samples += counted["_samples"]
-        window.tokens += counted["_useful"]
-        window.padding += counted["_padding"]
+        self._window.add(counted, sums)
         log.advance(step + 1)
         if run.log_samples:
             log.record_samples(step + 1, gather_object([key for batch in micros for key in batch.keys]))
         if (step + 1) % run.log_every == 0 or step + 1 == self.total:
-            log.record(self._row(step, sums, norm, lr))
+            log.record(self._row(step, norm, lr))
         return sums["_stop"] > 0
 
     def _counts(self, micros: Sequence[ChatBatch]) -> dict[str, float]:
@@ -193,10 +202,11 @@ class Engine:
             "Look at them (vlmtune inspect RECIPE --sample KEY), lower optim.lr, or set run.precision=fp32.",
         )
 
-    def _row(self, step: int, sums: dict[str, float], norm: float, lr: float) -> dict[str, Any]:
+    def _row(self, step: int, norm: float, lr: float) -> dict[str, Any]:
+        """One line of metrics: losses are means over the steps since the line before."""
         window, now = self._window, time.monotonic()
         seconds = max(now - window.began, 1e-9)
-        terms = {name: value for name, value in sums.items() if name[0] != "_"}
+        terms = {name: value / window.steps for name, value in window.terms.items()}
         row = {
             "step": step + 1,
             "epoch": round((step + 1) / self.setup.stream.steps_per_epoch, 4),
