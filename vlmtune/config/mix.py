@@ -76,8 +76,6 @@ class EasyVqaSource(_Source):
     """question: one sample a question; conversation: the questions of one image; caption: what the answers tell."""
     turns: int | None = Field(default=None, ge=1)
     """Largest number of questions in one conversation; None: all of an image's."""
-    negated: bool = True
-    """False leaves out the negated questions ("is there not a red shape?"): the easier half of a curriculum."""
     complete: bool = False
     """True leaves out the captions of images whose answers do not prove both colour and shape."""
 

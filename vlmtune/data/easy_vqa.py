@@ -31,7 +31,6 @@ _PRESENCE = [
         rf"is (?:an?|(?P<no>no)) {_THING} present\?",
     )
 ]
-_NEGATION = re.compile(r"\b(?:not|no)\b")
 _COLOR_OF = re.compile(rf"what (?:is the color of|color is) the (?:shape|{_THING})\?")
 _SHAPE_OF = re.compile(
     rf"what (?:is the {_THING}|shape does the image contain|shape is in the image|shape is present)\?"
@@ -140,11 +139,7 @@ def _package() -> Any:
 def _samples(rows: list[tuple[str, str, int]], config: EasyVqaSource) -> tuple[EasyVqaSample, ...]:
     """Returns the task's samples of (question, answer, image) rows, which stand together by image."""
     if config.task == "question":
-        return tuple(
-            EasyVqaSample(image, ((question, answer),))
-            for question, answer, image in rows
-            if config.negated or not _NEGATION.search(question)
-        )
+        return tuple(EasyVqaSample(image, ((question, answer),)) for question, answer, image in rows)
     made = []
     for image, group in groupby(rows, key=lambda row: row[2]):
         pairs = tuple((question, answer) for question, answer, _ in group)
@@ -157,10 +152,9 @@ def _parts(pairs: tuple[tuple[str, str], ...], config: EasyVqaSource) -> list[tu
     if config.task == "caption":
         caption = _caption(pairs, config.complete)
         return [caption] if caption else []
-    asked = [pair for pair in pairs if config.negated or not _NEGATION.search(pair[0])]
     # Strides, not runs: neighbours in the file are of one kind.
-    parts = -(-len(asked) // (config.turns or len(asked) or 1))
-    return [tuple(asked[start::parts]) for start in range(parts)]
+    parts = -(-len(pairs) // (config.turns or len(pairs)))
+    return [pairs[start::parts] for start in range(parts)]
 
 
 def _caption(pairs: tuple[tuple[str, str], ...], complete: bool) -> tuple[tuple[str, str], ...]:
