@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from vlmtune.config import mix_schema, recipe_schema
-from vlmtune.config.schema import PROJECTOR_TYPES, Recipe
+from vlmtune.config.plugins import PROJECTOR_TYPES
+from vlmtune.config.schema import Recipe
 
 
 def nodes(schema: Any) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from tests.config.conftest import BASE, Write, faults
 from vlmtune.config import load_recipe
-from vlmtune.config.schema import PROJECTOR_TYPES, Recipe
+from vlmtune.config.plugins import PROJECTOR_TYPES
+from vlmtune.config.schema import Recipe
 from vlmtune.errors import RecipeError
 
 FIVE = """\

@@ -6,7 +6,9 @@ import pytest
 
 from tests.config.conftest import Write, faults
 from vlmtune.config import load_mix, load_recipe, loader
-from vlmtune.config.schema import Full, LinearConfig, Mlp2xConfig, Recipe
+from vlmtune.config.plugins import LinearConfig, Mlp2xConfig
+from vlmtune.config.schema import Recipe
+from vlmtune.config.tuning import Full
 from vlmtune.errors import RecipeError
 
 

@@ -10,7 +10,8 @@ import torch
 import vlmtune.objectives as package
 from tests.chat_batches import encoded_samples, micro_batches
 from tests.tiny import IMAGE_SIZE, tiny_model
-from vlmtune.config.schema import Full, NextTokenConfig, TuningConfig
+from vlmtune.config.plugins import NextTokenConfig
+from vlmtune.config.tuning import Full, TuningConfig
 from vlmtune.models.attention import use_attention
 from vlmtune.models.tuning import apply_tuning
 from vlmtune.models.vision import token_counter

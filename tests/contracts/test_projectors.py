@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import IMAGE_SIZE, PROJECTORS, TOWERS, tiny_model
-from vlmtune.config.schema import PROJECTOR_TYPES
+from vlmtune.config.plugins import PROJECTOR_TYPES
 from vlmtune.models import projectors
 from vlmtune.models.projectors import Projector, build_projector
 from vlmtune.models.vision import token_counter

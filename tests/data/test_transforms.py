@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmtune.config.schema import Custom, ShuffleTurnsConfig
+from vlmtune.config.plugins import ShuffleTurnsConfig
+from vlmtune.config.section import Custom
 from vlmtune.data.transforms import apply_transforms
 from vlmtune.errors import RecipeError
 from vlmtune.types import ChatSample, ImageRef, Turn

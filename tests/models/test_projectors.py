@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vlmtune.config.schema import Custom, Mlp2xConfig, PixelShuffleConfig, ResamplerConfig
+from vlmtune.config.plugins import Mlp2xConfig, PixelShuffleConfig, ResamplerConfig
+from vlmtune.config.section import Custom
 from vlmtune.errors import CheckpointError, RecipeError
 from vlmtune.models.projectors import PixelShuffle, Projector, build_projector, import_projector
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from tests.tiny import PROJECTORS, TOWERS, tiny_model
-from vlmtune.config.schema import TuningConfig
+from vlmtune.config.tuning import TuningConfig
 from vlmtune.models.tuning import PartRow, apply_tuning, part_of, table
 from vlmtune.models.vlm import VLM
 

@@ -6,7 +6,8 @@ import pytest
 
 from tests.tiny import tiny_model
 from tests.training.setups import tiny_recipe
-from vlmtune.config.schema import NextTokenConfig, ScheduleConfig
+from vlmtune.config.plugins import NextTokenConfig
+from vlmtune.config.schema import ScheduleConfig
 from vlmtune.models.tuning import apply_tuning
 from vlmtune.objectives import build_objective
 from vlmtune.training.optim import build_optimizer, lr_factor, set_lr

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from vlmtune.config.schema import Section
+from vlmtune.config.section import Section
 
 
 class _Source(Section):

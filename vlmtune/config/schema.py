@@ -1,44 +1,18 @@
 """The whole recipe as frozen pydantic models: one docstring a field, with unit and the default's reason.
 
-No torch here. A plug-in's own options live in its `*Config` below and carry the plug-in's name in `type`; a
-dotted `type` is imported as written and gets its other keys unchecked.
+No torch here. What is trained is in `tuning.py`, the options of projectors, transforms and objectives in
+`plugins.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """A frozen part of the recipe that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class Custom(BaseModel):
-    """A plug-in outside vlmtune, named by its import path (`my_pkg.losses.Focal`)."""
-
-    model_config = ConfigDict(frozen=True, extra="allow")
-    type: str = Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")
-
-
-def _tag(value: Any, key: str) -> str:
-    """The kind that a mapping, or a section already made, names; empty for anything else."""
-    if isinstance(value, dict):
-        return str(value.get(key, ""))
-    return str(vars(value).get(key, "")) if isinstance(value, BaseModel) else ""
-
-
-def _type_tag(value: Any) -> str:
-    name = _tag(value, "type")
-    return "custom" if "." in name else name
-
-
-def _mode_tag(value: Any) -> str:
-    return _tag(value, "mode")
-
+from vlmtune.config.plugins import NextTokenConfig, ObjectiveConfig, ProjectorConfig, TransformConfig
+from vlmtune.config.section import Section
+from vlmtune.config.tuning import TuningConfig
 
 # ---------------------------------------------------------------- model
 
@@ -62,48 +36,6 @@ class VisionConfig(Section):
         if (self.path is None) == (self.config is None):
             raise ValueError("give exactly one of path (pretrained) and config (from scratch)")
         return self
-
-
-class LinearConfig(Section):
-    """One linear layer (LLaVA-1)."""
-
-    type: Literal["linear"]
-
-
-class Mlp2xConfig(Section):
-    """Linear, GELU, linear (LLaVA-1.5)."""
-
-    type: Literal["mlp2x"]
-
-
-class PixelShuffleConfig(Section):
-    """Each factor x factor square of patches becomes one token, then linear, GELU, linear."""
-
-    type: Literal["pixel_shuffle"]
-    factor: int = Field(default=2, ge=2)
-    """Side of the square; tokens fall by its square."""
-
-
-class ResamplerConfig(Section):
-    """Learned queries read the patches by cross attention: a fixed number of tokens."""
-
-    type: Literal["resampler"]
-    queries: int = Field(default=64, ge=1)
-    """Tokens per image."""
-    heads: int = Field(default=8, ge=1)
-    """Attention heads; must divide the language width."""
-    layers: int = Field(default=2, ge=1)
-    """Cross-attention blocks."""
-
-
-ProjectorConfig = Annotated[
-    Annotated[LinearConfig, Tag("linear")]
-    | Annotated[Mlp2xConfig, Tag("mlp2x")]
-    | Annotated[PixelShuffleConfig, Tag("pixel_shuffle")]
-    | Annotated[ResamplerConfig, Tag("resampler")]
-    | Annotated[Custom, Tag("custom")],
-    Discriminator(_type_tag),
-]
 
 
 class TokenizerTraining(Section):
@@ -162,38 +94,6 @@ class ModelConfig(Section):
         return self
 
 
-# ---------------------------------------------------------------- tuning
-
-
-class Frozen(Section):
-    """The part keeps its weights."""
-
-    mode: Literal["frozen"]
-
-
-class Full(Section):
-    """Every reachable weight of the part is trained."""
-
-    mode: Literal["full"]
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of this part; None takes optim.lr."""
-    weight_decay: float | None = Field(default=None, ge=0)
-    """Decay of this part's matrices; None takes optim.weight_decay. Biases and norms are never decayed."""
-
-
-PartTuning = Annotated[
-    Annotated[Frozen, Tag("frozen")] | Annotated[Full, Tag("full")], Discriminator(_mode_tag)
-]
-
-
-class TuningConfig(Section):
-    """What is trained, part by part."""
-
-    vision: PartTuning = Frozen(mode="frozen")
-    projector: PartTuning = Full(mode="full")
-    language: PartTuning = Full(mode="full")
-
-
 # ---------------------------------------------------------------- data
 
 
@@ -206,18 +106,6 @@ class AugmentConfig(Section):
     """Mirror left and right with probability one half. Never where text or sides matter."""
     flip_vertical: bool = False
     """Mirror top and bottom with probability one half."""
-
-
-class ShuffleTurnsConfig(Section):
-    """Question-answer pairs in a new order each epoch; `<image>` marks stay in front."""
-
-    type: Literal["shuffle_turns"]
-
-
-TransformConfig = Annotated[
-    Annotated[ShuffleTurnsConfig, Tag("shuffle_turns")] | Annotated[Custom, Tag("custom")],
-    Discriminator(_type_tag),
-]
 
 
 class BadSamplesConfig(Section):
@@ -265,20 +153,6 @@ class DataConfig(Section):
 
 
 # ---------------------------------------------------------------- objective, optimisation
-
-
-class NextTokenConfig(Section):
-    """Cross entropy of the supervised tokens (visual instruction tuning)."""
-
-    type: Literal["next_token"] = "next_token"
-    chunk: int = Field(default=512, ge=1)
-    """Supervised tokens whose logits exist at one time."""
-
-
-ObjectiveConfig = Annotated[
-    Annotated[NextTokenConfig, Tag("next_token")] | Annotated[Custom, Tag("custom")],
-    Discriminator(_type_tag),
-]
 
 
 class OptimConfig(Section):
@@ -393,8 +267,3 @@ class Recipe(Section):
     run: RunConfig = RunConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
-
-
-_PROJECTORS = (LinearConfig, Mlp2xConfig, PixelShuffleConfig, ResamplerConfig)
-PROJECTOR_TYPES = {get_args(each.model_fields["type"].annotation)[0]: each for each in _PROJECTORS}
-"""The options of each projector of ours, by its name in a recipe."""

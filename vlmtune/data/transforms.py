@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.config.schema import Custom, ShuffleTurnsConfig, TransformConfig
+from vlmtune.config.plugins import ShuffleTurnsConfig, TransformConfig
+from vlmtune.config.section import Custom
 from vlmtune.errors import RecipeError
 from vlmtune.types import IMAGE_MARK, ChatSample, Turn
 

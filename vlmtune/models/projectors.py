@@ -18,14 +18,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from vlmtune.config.schema import (
-    Custom,
+from vlmtune.config.plugins import (
     LinearConfig,
     Mlp2xConfig,
     PixelShuffleConfig,
     ProjectorConfig,
     ResamplerConfig,
 )
+from vlmtune.config.section import Custom
 from vlmtune.errors import CheckpointError, RecipeError
 
 

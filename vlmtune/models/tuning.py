@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from vlmtune.config.schema import Full, PartTuning, TuningConfig
+from vlmtune.config.tuning import Full, PartTuning, TuningConfig
 from vlmtune.models.vision import tower_family
 
 if TYPE_CHECKING:

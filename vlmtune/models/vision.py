@@ -13,7 +13,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import LlavaConfig, PreTrainedConfig
 
-from vlmtune.config.schema import ProjectorConfig
+from vlmtune.config.plugins import ProjectorConfig
 from vlmtune.errors import CheckpointError, RecipeError
 from vlmtune.models.projectors import Projector, build_projector
 

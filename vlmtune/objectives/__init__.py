@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from vlmtune.config.schema import Custom, NextTokenConfig
+from vlmtune.config.plugins import NextTokenConfig
+from vlmtune.config.section import Custom
 
 if TYPE_CHECKING:
     from torch import nn

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from vlmtune.config.schema import NextTokenConfig
+from vlmtune.config.plugins import NextTokenConfig
 from vlmtune.objectives.base import Objective
 from vlmtune.objectives.functional import linear_cross_entropy, next_token_targets
 from vlmtune.objectives.spine import hidden_states

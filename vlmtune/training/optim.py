@@ -9,7 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vlmtune.config.schema import Full, OptimConfig, ScheduleConfig, TuningConfig
+from vlmtune.config.schema import OptimConfig, ScheduleConfig
+from vlmtune.config.tuning import Full, TuningConfig
 from vlmtune.models.tuning import part_of
 
 
