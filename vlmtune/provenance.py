@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vlmtune import __version__
-from vlmtune.config.lock import lock_text, mix_hash
+from vlmtune.config.locate import packaged
+from vlmtune.config.lock import file_hash, lock_text, mix_hash
 from vlmtune.config.schema import Recipe
 
 _DEPENDENCIES = ("torch", "transformers", "accelerate", "tokenizers", "pillow")
@@ -27,18 +28,21 @@ def base_paths(recipe: Recipe) -> dict[str, str]:
     if model.checkpoint:
         return {"checkpoint": model.checkpoint}
     parts = {"vision": model.vision, "language": model.language}
-    return {name: part.path for name, part in parts.items() if part and part.path}
+    return {name: str(packaged(part.path)) for name, part in parts.items() if part and part.path}
 
 
 def base_hashes(recipe: Recipe) -> dict[str, str]:
-    """What identifies each base model: the digest of a local folder's weights, or hub id and revision."""
+    """What identifies each base model: the digest of local weights, or hub id and revision."""
+    hub = recipe.model.revision or "main"
+    return {f"base {name}": _base_hash(path, hub) for name, path in base_paths(recipe).items()}
+
+
+def _base_hash(path: str, revision: str) -> str:
     from vlmtune.models.build import weights_digest
 
-    hub = recipe.model.revision or "main"
-    return {
-        f"base {name}": weights_digest(Path(path)) if Path(path).is_dir() else f"{path}@{hub}"
-        for name, path in base_paths(recipe).items()
-    }
+    if Path(path).is_file():
+        return file_hash(Path(path))
+    return weights_digest(Path(path)) if Path(path).is_dir() else f"{path}@{revision}"
 
 
 def write_lock(folder: Path, recipes: Sequence[Recipe], bases: dict[str, str]) -> None:

