@@ -41,6 +41,7 @@ PROJECTORS: dict[str, dict[str, Any]] = {
     "mlp2x": {"type": "mlp2x"},
     "pixel_shuffle": {"type": "pixel_shuffle", "factor": 2},
     "resampler": {"type": "resampler", "queries": 5, "heads": 4, "layers": 1},
+    "clustering": {"type": "clustering", "centers": 7},
 }
 _DECODER = {
     "hidden_size": 64,

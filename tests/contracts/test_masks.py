@@ -59,7 +59,7 @@ def sources(mix: Path, folder: Path):
 
 def test_every_mix_and_template_is_collected():
     assert len(MIXES) >= 5 and {path.stem for path in MIXES} >= ABSENT
-    assert NAMES == ["brief", "chatml", "llama3", "plain", "vicuna_v1"]
+    assert NAMES == ["brief", "chatml", "llama3", "plain", "vicuna_v1", "vicuna_v1_sq"]
 
 
 @pytest.mark.parametrize("template", NAMES)

@@ -96,6 +96,7 @@ ENDS = {
     "llama3": ("<|eot_id|>", ""),
     "plain": ("\n", ""),
     "vicuna_v1": ("</s>", " "),
+    "vicuna_v1_sq": ("</s>", " "),
 }
 """What ends an answer, and the blank before it."""
 
@@ -217,10 +218,17 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+CURIOUS_SYSTEM = (
+    f"{VICUNA_SYSTEM.rstrip()}The assistant also takes the part of a curious visual user, who looks at the image and "
+    "asks demanding questions about it, drawing on what is known about the objects and events it shows, and leaves "
+    "out details that cannot be made out. "
+)
 LAYOUTS = {
     "brief": "<s>USER: <image>\nWhat animal is this? ASSISTANT: A dog.</s>"
     "USER: What color is it? ASSISTANT: Brown.</s>",
     "vicuna_v1": f"<s>{VICUNA_SYSTEM}USER: <image>\nWhat animal is this? ASSISTANT: A dog.</s>"
+    "USER: What color is it? ASSISTANT: Brown.</s>",
+    "vicuna_v1_sq": f"<s>{CURIOUS_SYSTEM}USER: <image>\nWhat animal is this? ASSISTANT: A dog.</s>"
     "USER: What color is it? ASSISTANT: Brown.</s>",
     "plain": "<s><image>A dog.\nBrown.\n",
     "chatml": "<|im_start|>user\n<image>\nWhat animal is this?<|im_end|>\n"
@@ -234,6 +242,7 @@ LAYOUTS = {
 HEADERS = {
     "brief": "ASSISTANT:",
     "vicuna_v1": "ASSISTANT:",
+    "vicuna_v1_sq": "ASSISTANT:",
     "plain": "",
     "chatml": "<|im_start|>assistant\n",
     "llama3": "<|start_header_id|>assistant<|end_header_id|>\n\n",

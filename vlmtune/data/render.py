@@ -134,6 +134,19 @@ class Renderer:
             raise DataError("the chat template does not keep every image of the prompt", sample.key)
         return self._expand(ids, ids, sizes[:images])
 
+    def question_prompt(self, sample: ChatSample, sizes: Sequence[Size]) -> list[int]:
+        """The ids of the sample up to and with the header of a questioner turn after its last turn.
+
+        A prefix of `render`'s for the sample with that turn. DataError if the template has no such turn.
+        """
+        asked = replace(sample, turns=(*sample.turns, Turn("questioner", "?")))
+        self._check_text(sample, sizes)
+        text, marks = self._apply_template(asked, add_generation_prompt=False)
+        ids = self._encode(text[: self._learned_spans(asked, marks)[-1].start]).ids
+        if ids.count(self.image_token_id) != len(sample.images):
+            raise DataError("the chat template does not keep every image of the prompt", sample.key)
+        return self._expand(ids, ids, sizes)
+
     def shorten(self, sample: ChatSample, sizes: Sequence[Size], max_length: int) -> ChatSample | None:
         """The sample with as many of its first question-answer pairs as fit; None if not even the first does.
 

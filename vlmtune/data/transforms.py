@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmtune.config.plugins import ShuffleTurnsConfig, TransformConfig
+from vlmtune.config.plugins import SelfQuestionConfig, ShuffleTurnsConfig, TransformConfig
 from vlmtune.config.section import Custom
 from vlmtune.errors import RecipeError
 from vlmtune.types import IMAGE_MARK, ChatSample, Turn
@@ -34,6 +34,8 @@ def apply_transforms(
         match transform:
             case ShuffleTurnsConfig():
                 sample = shuffle_turns(sample, rng)
+            case SelfQuestionConfig():
+                sample = self_question(sample, transform, rng)
             case Custom():
                 sample = _custom(transform.type)(sample, dict(transform.model_extra or {}), rng)
     return sample
@@ -61,6 +63,30 @@ def shuffle_turns(sample: ChatSample, rng: np.random.Generator) -> ChatSample:
     # references belong to the last answer, so they go when another one comes last
     kept = sample.references if turns[-1] == sample.turns[-1] else ()
     return replace(sample, turns=turns, references=kept)
+
+
+def self_question(sample: ChatSample, config: SelfQuestionConfig, rng: np.random.Generator) -> ChatSample:
+    """Returns the sample with some of its user turns given to the questioner (SQ-LLaVA, arXiv 2403.11299).
+
+    Without an image there is nothing to ask about: the sample is returned as it is. Marks that lead or end a
+    turn stay behind in a user turn of their own, for images are never learned. A turn with marks elsewhere, or
+    with nothing but marks, is left to the user. One draw for each turn that may change, whatever comes out.
+    """
+    if not sample.images:
+        return sample
+    turns: list[Turn] = []
+    seen_user = False
+    for turn in sample.turns:
+        eligible = turn.role == "user" and (seen_user or config.first_turn)
+        seen_user |= turn.role == "user"
+        body, marks = _without_marks(turn.text)
+        if not eligible or not body.strip() or IMAGE_MARK in body or rng.random() >= config.probability:
+            turns.append(turn)
+            continue
+        if marks:
+            turns.append(Turn("user", "\n".join([IMAGE_MARK] * marks)))
+        turns.append(Turn("questioner", body))
+    return replace(sample, turns=tuple(turns))
 
 
 def _exchanges(turns: Sequence[Turn]) -> tuple[list[Turn], list[tuple[Turn, ...]], list[Turn]]:
@@ -102,4 +128,4 @@ def _custom(path: str) -> Callable[[ChatSample, dict[str, Any], np.random.Genera
         ) from error
 
 
-__all__ = ["apply_transforms", "shuffle_turns"]
+__all__ = ["apply_transforms", "self_question", "shuffle_turns"]

@@ -10,7 +10,7 @@ import importlib
 import math
 import sys
 from abc import ABC, abstractmethod
-from typing import final
+from typing import ClassVar, final
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vlmtune.config.plugins import (
+    ClusteringConfig,
     LinearConfig,
     Mlp2xConfig,
     PixelShuffleConfig,
@@ -27,6 +28,7 @@ from vlmtune.config.plugins import (
 )
 from vlmtune.config.section import Custom
 from vlmtune.errors import CheckpointError, RecipeError
+from vlmtune.models.clustering import build_prototypes
 
 
 class Projector(nn.Module, ABC):
@@ -35,6 +37,9 @@ class Projector(nn.Module, ABC):
     Every subclass takes `(config, vision_width, language_width, patches, activation)`: its own options, the
     two widths, the patches the tower hands over per image, and the name of the model's activation.
     """
+
+    unreached: ClassVar[tuple[str, ...]] = ()
+    """Names of modules that its output does not depend on; they are never trained."""
 
     @abstractmethod
     def num_tokens(self, patches: int) -> int:
@@ -186,11 +191,34 @@ class Resampler(Projector):
         return self.norm(queries)
 
 
+@final
+class Clustering(Projector):
+    """Prototypes, then linear, QuickGELU, linear (SQ-LLaVA, arXiv 2403.11299; LLaVA-1.5 has the exact GELU)."""
+
+    unreached: ClassVar[tuple[str, ...]] = ("prototypes.norm",)
+
+    def __init__(
+        self, config: ClusteringConfig, vision_width: int, language_width: int, patches: int, activation: str
+    ) -> None:
+        super().__init__()
+        self.prototypes = build_prototypes(config, vision_width)
+        self.linear_1 = nn.Linear(vision_width, language_width)
+        self.act = ACT2FN["quick_gelu"]
+        self.linear_2 = nn.Linear(language_width, language_width)
+
+    def num_tokens(self, patches: int) -> int:
+        return patches
+
+    def forward(self, features: Float[Tensor, "n p v"]) -> Float[Tensor, "n q d"]:
+        return self.linear_2(self.act(self.linear_1(self.prototypes(features))))
+
+
 PROJECTORS: dict[str, type[Projector]] = {
     "linear": Linear,
     "mlp2x": Mlp2x,
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
+    "clustering": Clustering,
 }
 
 
@@ -198,8 +226,12 @@ def build_projector(
     config: ProjectorConfig, vision_width: int, language_width: int, patches: int, activation: str = "gelu"
 ) -> Projector:
     """A projector with fresh weights; raises RecipeError when it does not fit the widths or the grid."""
-    kind = _imported(config.type) if isinstance(config, Custom) else PROJECTORS[config.type]
-    return kind(config, vision_width, language_width, patches, activation)
+    return projector_class(config)(config, vision_width, language_width, patches, activation)
+
+
+def projector_class(config: ProjectorConfig) -> type[Projector]:
+    """The class that the options name."""
+    return _imported(config.type) if isinstance(config, Custom) else PROJECTORS[config.type]
 
 
 def import_projector(config: ProjectorConfig) -> None:
