@@ -10,21 +10,23 @@ nothing heavy: what it holds in memory would be in the children's peaks.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent))
+
+from facts import commit, machine  # noqa: E402  (beside this folder, not installed)
+
 OURS, PEERS = "vlmtune", ("trainer", "trl")
 LOSS_TOLERANCE = 2e-3
 """Relative spread of the first step's loss between arms: bfloat16 sums in another order, and no more."""
@@ -52,7 +54,7 @@ def main() -> None:
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
-        "machine": machine(options.threads),
+        "machine": machine(options.threads, ("torch", "transformers", "accelerate", "trl", "datasets")),
         "settings": settings(workload, options),
         "arms": {arm: summary(each) for arm, each in runs.items()},
         "agreement": agreement(runs),
@@ -193,38 +195,6 @@ def settings(workload: dict[str, Any], options: argparse.Namespace) -> dict[str,
         "loader_workers": 0,
         **workload["scale"],
     }
-
-
-def commit() -> dict[str, Any]:
-    """The commit that was measured, and whether files differed from it."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """The machine and the versions of what was compared."""
-    names = ("torch", "transformers", "accelerate", "trl", "datasets")
-    installed = {each.name for each in importlib.metadata.distributions()}
-    return {
-        "cpu": next(cpu_names(), platform.processor()),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "threads": threads,
-        "versions": {name: importlib.metadata.version(name) for name in names if name in installed},
-    }
-
-
-def cpu_names() -> Iterator[str]:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            yield line.partition(":")[2].strip()
 
 
 def line_of(arm: str, figures: dict[str, Any]) -> str:
