@@ -12,6 +12,7 @@ from pathlib import Path
 from vlmtune import __version__
 from vlmtune.config.locate import packaged
 from vlmtune.config.lock import file_hash, lock_text, mix_hash
+from vlmtune.config.plugins import PixelsTargetConfig, ReconstructionConfig
 from vlmtune.config.schema import Recipe
 
 _DEPENDENCIES = ("torch", "transformers", "accelerate", "tokenizers", "pillow")
@@ -23,12 +24,20 @@ def versions() -> dict[str, str]:
 
 
 def base_paths(recipe: Recipe) -> dict[str, str]:
-    """The pretrained models that a recipe names, by part."""
-    model = recipe.model
+    """The pretrained models that a recipe names, by part, and what its objective starts from."""
+    model, aside = recipe.model, _objective_paths(recipe)
     if model.checkpoint:
-        return {"checkpoint": model.checkpoint}
+        return {"checkpoint": model.checkpoint} | aside
     parts = {"vision": model.vision, "language": model.language}
-    return {name: str(packaged(part.path)) for name, part in parts.items() if part and part.path}
+    return {name: str(packaged(part.path)) for name, part in parts.items() if part and part.path} | aside
+
+
+def _objective_paths(recipe: Recipe) -> dict[str, str]:
+    own = recipe.objective
+    if not isinstance(own, ReconstructionConfig) or own.weight == 0:
+        return {}
+    target = {} if isinstance(own.target, PixelsTargetConfig) else {"target": own.target.path}
+    return target | ({"denoiser": own.weights} if own.weights else {})
 
 
 def base_hashes(recipe: Recipe) -> dict[str, str]:
@@ -42,7 +51,8 @@ def _base_hash(path: str, revision: str) -> str:
 
     if Path(path).is_file():
         return file_hash(Path(path))
-    return weights_digest(Path(path)) if Path(path).is_dir() else f"{path}@{revision}"
+    folder = max(Path(path).glob("step_*[0-9]"), default=Path(path))  # of a run folder, the last step
+    return weights_digest(folder) if folder.is_dir() else f"{path}@{revision}"
 
 
 def write_lock(folder: Path, recipes: Sequence[Recipe], bases: dict[str, str]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmtune.config.loader import load_mix
 from vlmtune.config.lock import stage_key
+from vlmtune.config.plugins import ObjectiveConfig, ReconstructionConfig
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import CheckpointError, DataError, Fault, RecipeError
 from vlmtune.provenance import Clock, base_hashes, base_paths, versions, write_lock
@@ -133,7 +134,7 @@ def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
     for bad in data.known_bad():
         quarantine.add(*bad)
 
-    objective = build_objective(recipe.objective, model)
+    objective = build_objective(_objective(stage), model, processor, recipe.run.seed)
     objective.train()
     optimizer = build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim)
     start = restore(resume, objective, optimizer) if resume else 0
@@ -144,7 +145,13 @@ def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
         data.stream(accelerator.process_index, accelerator.num_processes),
         processor,
         stage.folder,
-        {"key": stage.key, "stage": recipe.stage, "recipe": recipe.name, "versions": versions()},
+        {
+            "key": stage.key,
+            "stage": recipe.stage,
+            "recipe": recipe.name,
+            "objective": recipe.objective.model_dump(mode="json"),
+            "versions": versions(),
+        },
         lambda: _sample_answers(model, processor, data, recipe),
         quarantine.add,
     )
@@ -170,6 +177,15 @@ def chat_data(recipe: Recipe, processor: LlavaProcessor, model: VLM) -> ChatData
 
 
 def build_inputs(recipe: Recipe, recipes: Sequence[Recipe]) -> tuple[ChatData, LlavaProcessor]:
+def _objective(stage: _Stage) -> ObjectiveConfig:
+    """The stage's objective; a denoiser goes on from the stage before, as the model does."""
+    own = stage.recipe.objective
+    if stage.previous is None or not isinstance(own, ReconstructionConfig) or own.weights is not None:
+        return own
+    trained = (stage.previous / "objective.safetensors").exists()
+    return own.model_copy(update={"weights": str(stage.previous)}) if trained else own
+
+
     """What the recipe's model would see, for looking at it: the data, rendered for the model's own processor."""
     model, processor = _build(_Stage(recipe, recipes, run_folder(recipe), "", None), None)
     return chat_data(recipe, processor, model), processor

@@ -85,6 +85,8 @@ class Encoded:
     pixel_values: Float[Tensor, "n 3 h w"] | None
     bad: str = ""
     """Why the sample could not be used: it is a zero-weight slot, without supervised token or image."""
+    seed: int = 0
+    """Of what an objective draws for this sample this time; 0 when it is taken as stored (held out)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +106,15 @@ class ChatBatch:
     keys: tuple[str, ...]
     bad: tuple[tuple[str, str], ...] = ()
     """Key and reason of each zero-weight slot among `keys`."""
+    seeds: tuple[int, ...] = ()
+    """Beside `keys`: an objective's own draws depend on these, never on who shares the micro-batch."""
 
 
-@dataclass(frozen=True, slots=True)
-class LossOutput:
-    """A micro-batch's *share* of the global loss, and the detached shares of its terms by name."""
+class LossOutput(NamedTuple):
+    """A micro-batch's *share* of the global loss, and the detached shares of its terms by name.
+
+    A tuple: the hooks of DeepSpeed and FSDP look for tensors in tuples and dicts, not in classes of ours.
+    """
 
     loss: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]

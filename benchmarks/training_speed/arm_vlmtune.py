@@ -88,7 +88,7 @@ def train(workload: Workload, meter: Meter, checkpointing: bool) -> None:
     mix, counter = load_mix(folder / "mix.yaml"), token_counter(model.config)
     held_out = recipe.evaluation.held_out
     data = ChatData(chat, mix, folder, processor, counter, held_out, SEED, folder / "cache")
-    objective = build_objective(recipe.objective, model)
+    objective = build_objective(recipe.objective, model, processor, SEED)
     objective.register_forward_pre_hook(lambda _, args: meter.fed(args[0].labels))
     objective.train()
     optimizer = build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim)

@@ -10,7 +10,7 @@ import torch
 import vlmtune.objectives as package
 from tests.chat_batches import encoded_samples, micro_batches
 from tests.tiny import IMAGE_SIZE, tiny_model
-from vlmtune.config.plugins import NextTokenConfig
+from vlmtune.config.plugins import NextTokenConfig, ReconstructionConfig
 from vlmtune.config.tuning import Full, TuningConfig
 from vlmtune.models.attention import use_attention
 from vlmtune.models.tuning import apply_tuning
@@ -18,7 +18,16 @@ from vlmtune.models.vision import token_counter
 from vlmtune.objectives import build_objective
 
 PLUMBING = {"__init__", "base", "functional", "spine"}
-CONFIGS = {"next_token": NextTokenConfig(chunk=7)}
+CONFIGS = {
+    "next_token": NextTokenConfig(chunk=7),
+    "reconstruction": ReconstructionConfig.model_validate(
+        {
+            "type": "reconstruction",
+            "target": {"type": "pixels"},
+            "denoiser": {"depth": 2, "width": 32, "heads": 4},
+        }
+    ),
+}
 FOUND = sorted(path.stem for path in Path(package.__path__[0]).glob("*.py") if path.stem not in PLUMBING)
 
 
@@ -33,7 +42,18 @@ def objective_and_samples(name):
     model.train()
     per_image = token_counter(model.config)(IMAGE_SIZE, IMAGE_SIZE)
     image = processor.tokenizer.convert_tokens_to_ids("<image>")
-    return build_objective(CONFIGS[name], model), encoded_samples(image, per_image, IMAGE_SIZE)
+    objective = build_objective(CONFIGS[name], model, processor, 0)
+    objective.train()
+    stir(objective)
+    return objective, encoded_samples(image, per_image, IMAGE_SIZE)
+
+
+def stir(objective):
+    """Moves an objective's own weights off their first values: a layer that begins at zero passes no gradient."""
+    generator = torch.Generator().manual_seed(5)
+    for key, weight in objective.named_parameters():
+        if not key.startswith("model."):
+            weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
 
 
 def step(objective, batches):
@@ -90,6 +110,6 @@ def test_a_batch_without_labels_counts_nothing_and_adds_nothing(name):
     (batch,) = micro_batches(samples[:1], 1)
     batch.labels.fill_(-100)
     assert set(objective.counts(batch).values()) == {0}
-    output = objective(batch, {"tokens": 10})
+    output = objective(batch, dict.fromkeys(objective.counts(batch), 10))
     assert output.loss.item() == 0.0
     output.loss.backward()

@@ -14,13 +14,13 @@ from vlmtune.training.optim import build_optimizer, lr_factor, set_lr
 
 
 def test_each_part_has_its_own_rate_and_decay():
-    model, _ = tiny_model()
+    model, processor = tiny_model()
     recipe = tiny_recipe(
         tuning={"vision": {"mode": "frozen"}, "projector": {"mode": "full", "lr": 0.5, "weight_decay": 0.25}},
         optim={"lr": 0.125, "weight_decay": 0.1},
     )
     apply_tuning(model, recipe.tuning)
-    objective = build_objective(NextTokenConfig(), model)
+    objective = build_objective(NextTokenConfig(), model, processor, 0)
     optimizer = build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim)
     seen = {(group["part"], group["weight_decay"]): group["lr"] for group in optimizer.param_groups}
     assert seen == {
@@ -35,9 +35,9 @@ def test_each_part_has_its_own_rate_and_decay():
 
 
 def test_vectors_are_never_decayed():
-    model, _ = tiny_model()
+    model, processor = tiny_model()
     recipe = tiny_recipe(optim={"lr": 1e-3, "weight_decay": 0.1})
-    objective = build_objective(NextTokenConfig(), model)
+    objective = build_objective(NextTokenConfig(), model, processor, 0)
     for group in build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim).param_groups:
         assert all((p.ndim >= 2) == (group["weight_decay"] > 0) for p in group["params"])
 

@@ -17,7 +17,7 @@ from vlmtune.errors import Fault, RecipeError
 RENAMED: Renamed = {}
 """Recipe keys of earlier versions; a recipe that uses one is told the new name."""
 
-STREAMS = {"next_token": "chat"}
+STREAMS = {"next_token": "chat", "reconstruction": "chat"}
 """The stream of data that each objective reads."""
 
 

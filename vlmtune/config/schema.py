@@ -163,6 +163,8 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
+    objective_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of what only training needs (a denoiser); None takes lr."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 leaves them."""
 

@@ -29,6 +29,7 @@ def collate(samples: Sequence[Encoded], packing: Packing, pad: int = 0) -> ChatB
         pixel_values=torch.cat(pixels) if pixels else None,
         keys=tuple(sample.key for sample in samples),
         bad=tuple((sample.key, sample.bad) for sample in samples if sample.bad),
+        seeds=tuple(sample.seed for sample in samples),
     )
 
 

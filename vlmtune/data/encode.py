@@ -64,7 +64,7 @@ class Encoder:
         return [
             bad_slot(request.key, each, self.pad)
             if isinstance(each, str)
-            else _encoded(request.key, each.rendered, [next(pixels) for _ in each.images])
+            else _encoded(request, each.rendered, [next(pixels) for _ in each.images])
             for request, each in zip(requests, loaded, strict=True)
         ]
 
@@ -115,9 +115,10 @@ class Encoder:
         return iter(self.processor.image_processor(images, return_tensors="pt")["pixel_values"])
 
 
-def _encoded(key: str, rendered: Rendered, pixels: list[Tensor]) -> Encoded:
+def _encoded(request: Request, rendered: Rendered, pixels: list[Tensor]) -> Encoded:
     ids, labels = torch.tensor(rendered.input_ids), torch.tensor(rendered.labels)
-    return Encoded(key, ids, labels, torch.stack(pixels) if pixels else None)
+    seed = 0 if request.rng is None else int(request.rng.integers(2**32))  # after all other draws
+    return Encoded(request.key, ids, labels, torch.stack(pixels) if pixels else None, seed=seed)
 
 
 __all__ = ["Encoder", "Request"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vlmtune.types import IGNORE
@@ -93,3 +93,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def rows_mean(
+    losses: Float[Tensor, "k i"], counted: Bool[Tensor, " i"], totals: dict[str, int], as_written: bool
+) -> Float[Tensor, ""]:
+    """This share's part of the mean loss over the step's images, `totals["images"]`, k draws each.
+
+    A row that is not `counted` adds exactly 0. As written in Ross's release, text-only samples are counted in a mean
+    over `totals["rows"]`, which is then multiplied by images / (images + 1e-6), both counted k times.
+    """
+    draws, images = len(losses), totals["images"]
+    total = (losses * counted).sum() / draws
+    if not as_written:
+        return total / max(images, 1)
+    return total / max(totals["rows"], 1) * (draws * images / (draws * images + 1e-6))
