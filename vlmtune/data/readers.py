@@ -22,6 +22,7 @@ _ROLES: dict[str, Role] = {
     "gpt": "assistant",
     "assistant": "assistant",
     "system": "system",
+    "questioner": "questioner",
 }
 
 
@@ -75,10 +76,10 @@ def make_sample(
 ) -> ChatSample:
     """Returns the sample once its rules hold: answers, none of them empty, as many marks as images.
 
-    Raises DataError otherwise.
+    Questions to learn (of a questioner) stand for answers. Raises DataError otherwise.
     """
     answers = [turn for turn in turns if turn.role == "assistant"]
-    if not answers:
+    if not answers and not any(turn.role == "questioner" for turn in turns):
         raise DataError("no assistant turn: nothing to learn or to score", key, "Add an answer or remove it.")
     if not all(turn.text.strip() for turn in answers):
         raise DataError("an assistant turn is empty", key, "Fill in the answer or remove the turn.")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlmtune.errors import DataError
+from vlmtune.evaluation.asking import Asking, Question, ask
 from vlmtune.evaluation.generate import answer, open_model
 from vlmtune.types import IMAGE_MARK, ChatSample, ImageRef, Turn
 
@@ -26,3 +28,16 @@ class Conversation:
         (prediction,) = answer(self._model, self._processor, [sample], 1, self._limit)
         self._turns = [*turns, Turn("assistant", prediction.prediction)]
         return prediction.prediction
+
+    def questions(self, number: int, first_turn: bool) -> tuple[Question, ...]:
+        """Up to `number` different questions of the model's about the pictures, with its answers.
+
+        They stay outside the conversation. Raises DataError without a picture, or for one that cannot be read.
+        """
+        if not self._images:
+            raise DataError("there is no picture to ask about", remedy="Give one with --image.")
+        asking = Asking(number, first_turn, answers=True, max_answer_tokens=self._limit)
+        (asked,) = ask(self._model, self._processor, [self._images], asking)
+        if asked.error:
+            raise DataError(asked.error, asked.key)
+        return asked.distinct

@@ -1,21 +1,30 @@
-"""Greedy decoding of many prompts at once, with a KV cache.
+"""Decoding of many prompts at once, with a KV cache: greedy, or drawn.
 
 Prompts about one picture share the work: what they have in common (the picture's tokens above all) runs through
 the language model once, and its cache is copied to each row. Shape letters: b rows, t tokens, u cached tokens,
-n image tokens, d language width, v vocabulary, e end tokens.
+n image tokens, d language width, v vocabulary, e end tokens, g rows that go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import final
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, LlavaForConditionalGeneration
+from transformers import (
+    DynamicCache,
+    LlavaForConditionalGeneration,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from vlmtune.types import ImageRef
 
@@ -31,6 +40,38 @@ class Prompt:
 
 Features = Mapping[ImageRef, Float[Tensor, "n d"]]
 """What stands for each picture's tokens."""
+
+
+Choose = Callable[[Float[Tensor, "b v"], Sequence[Prompt]], Int[Tensor, " b"]]
+"""The next token of each prompt, from the logits."""
+
+
+def greedy(logits: Float[Tensor, "b v"], prompts: Sequence[Prompt]) -> Int[Tensor, " b"]:
+    """The most likely tokens."""
+    return logits.argmax(-1)
+
+
+@final
+class Sampler:
+    """Draws tokens, for each prompt from a generator of its own: who shares the batch changes nothing.
+
+    The warpers are transformers' own, in the order of its `generate`. `seeds` are by the prompts' index.
+    """
+
+    def __init__(
+        self, temperature: float, top_k: int, top_p: float, seeds: Mapping[int, Sequence[int]]
+    ) -> None:
+        self._warpers = LogitsProcessorList(
+            [TemperatureLogitsWarper(temperature), TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)]
+        )
+        self._rngs = {index: np.random.default_rng(seed) for index, seed in seeds.items()}
+
+    def __call__(self, logits: Float[Tensor, "b v"], prompts: Sequence[Prompt]) -> Int[Tensor, " b"]:
+        """The tokens at which the cumulated probability passes each prompt's next draw."""
+        ids = torch.empty(0, dtype=torch.long)  # what has been written does not matter to these warpers
+        sums = self._warpers(ids, logits.float()).softmax(-1).cumsum(-1, dtype=torch.float64)
+        draws = torch.tensor([self._rngs[prompt.index].random() for prompt in prompts], dtype=torch.float64)
+        return (sums <= draws.to(sums.device)[:, None] * sums[:, -1:]).sum(-1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +90,9 @@ def decode(
     features: Features,
     ends: Int[Tensor, " e"],
     max_new_tokens: int,
+    choose: Choose = greedy,
 ) -> list[list[int]]:
-    """The most likely new ids of each prompt, up to an end token (left out) or the limit."""
+    """The new ids of each prompt, up to an end token (left out) or the limit: fewer than that have ended."""
     cache = DynamicCache(config=model.config.get_text_config())
     # Padding between beginning and ending would take up a sliding window: each row is then its own group, and
     # its ending a single token.
@@ -74,7 +116,19 @@ def decode(
         for key, prompt in zip(keys, prompts, strict=True)
     ]
     logits, mask = _forward(model, cache, mask[rows], endings)
-    return _greedy(model, cache, logits, mask, ends, max_new_tokens)
+
+    alive = list(range(len(prompts)))
+    answers: list[list[int]] = [[] for _ in prompts]
+    for step in range(max_new_tokens):
+        tokens = choose(logits, [prompts[row] for row in alive])
+        going = ~torch.isin(tokens, ends)
+        alive = [row for row, goes in zip(alive, going.tolist(), strict=True) if goes]
+        for row, token in zip(alive, tokens[going].tolist(), strict=True):
+            answers[row].append(token)
+        if not alive or step + 1 == max_new_tokens:
+            break
+        logits, mask = _next(model, cache, mask, tokens, going)
+    return answers
 
 
 def _shared_length(prompts: list[list[int]]) -> int:
@@ -124,34 +178,23 @@ def _left_padded(rows: list[Int[Tensor, " _"]]) -> Int[Tensor, "b t"]:
     return pad_sequence(rows, batch_first=True, padding_side="left")
 
 
-def _greedy(
+def _next(
     model: LlavaForConditionalGeneration,
     cache: DynamicCache,
-    logits: Float[Tensor, "b v"],
     mask: Int[Tensor, "b u"],
-    ends: Int[Tensor, " e"],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """The most likely token again and again; a row leaves the batch when it ends."""
-    answers: list[list[int]] = [[] for _ in range(len(mask))]
-    alive = list(range(len(mask)))
-    for step in range(max_new_tokens):
-        tokens = logits.argmax(-1)
-        going = ~torch.isin(tokens, ends)
-        alive = [row for row, goes in zip(alive, going.tolist(), strict=True) if goes]
-        for row, token in zip(alive, tokens[going].tolist(), strict=True):
-            answers[row].append(token)
-        if not alive or step + 1 == max_new_tokens:
-            break
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
-        mask = torch.cat([mask[going], mask.new_ones(len(alive), 1)], dim=1)
-        output = model(
-            input_ids=tokens[going][:, None],
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits = output.logits[:, -1]
-    return answers
+    tokens: Int[Tensor, " b"],
+    going: Bool[Tensor, " b"],
+) -> tuple[Float[Tensor, "g v"], Int[Tensor, "g u1"]]:
+    """The logits after one more token of the rows that go on, and their longer mask; the others leave the cache."""
+    if not going.all():
+        cache.batch_select_indices(going.nonzero()[:, 0])
+    tokens = tokens[going][:, None]
+    mask = torch.cat([mask[going], torch.ones_like(tokens)], dim=1)
+    output = model(
+        input_ids=tokens,
+        attention_mask=mask,
+        position_ids=mask.sum(1, keepdim=True) - 1,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return output.logits[:, -1], mask

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from vlmtune.data.images import image_size, open_image
 from vlmtune.data.render import Renderer
 from vlmtune.errors import DataError
-from vlmtune.evaluation.decode import Prompt, decode
+from vlmtune.evaluation.decode import Choose, Prompt, decode, greedy
 from vlmtune.evaluation.scores import Prediction
 from vlmtune.models.build import load_model
 from vlmtune.models.vision import token_counter
@@ -48,25 +49,64 @@ def answer(
     """
     predictions: dict[int, Prediction] = {}
     prompts = _prepare(model, processor, samples, predictions)
+    for batch in complete(model, processor, prompts, batch_size, max_new_tokens):
+        for each in batch:
+            predictions[each.index] = _prediction(samples[each.index], each.text, each.error)
+        if on_progress:
+            on_progress(len(predictions), len(samples))
+    return [predictions[index] for index in range(len(samples))]
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What a model wrote after prompt `index`; `error` says why nothing."""
+
+    index: int
+    text: str
+    ended: bool
+    """Whether an end token came before the limit."""
+    error: str = ""
+
+
+def complete(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    max_new_tokens: int,
+    choose: Choose = greedy,
+) -> Iterator[list[Completion]]:
+    """The completions of all prompts, batch by batch in an order of its own; pictures are encoded once a batch.
+
+    The model is in eval mode meanwhile.
+    """
     ends = _ends(model, processor)
+    with _evaluating(model):
+        for batch in _batches(prompts, batch_size):
+            features, faults = _encode(model, processor, batch)
+            bad = {
+                prompt.index: faults[image] for prompt in batch for image in prompt.images if image in faults
+            }
+            askable = [prompt for prompt in batch if prompt.index not in bad]
+            written = decode(model, askable, features, ends, max_new_tokens, choose) if askable else []
+            yield [Completion(index, "", False, error) for index, error in bad.items()] + [
+                Completion(prompt.index, _text(processor, ids), len(ids) < max_new_tokens)
+                for prompt, ids in zip(askable, written, strict=True)
+            ]
+
+
+def _text(processor: LlavaProcessor, ids: list[int]) -> str:
+    return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+@contextmanager
+def _evaluating(model: LlavaForConditionalGeneration) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
-        for batch in _batches(prompts, batch_size):
-            features, faults = _encode(model, processor, batch)
-            askable = [prompt for prompt in batch if not faults.keys() & set(prompt.images)]
-            for prompt in batch:
-                for image in faults.keys() & set(prompt.images):
-                    predictions[prompt.index] = _prediction(samples[prompt.index], "", faults[image])
-            answers = decode(model, askable, features, ends, max_new_tokens) if askable else []
-            for prompt, ids in zip(askable, answers, strict=True):
-                text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
-                predictions[prompt.index] = _prediction(samples[prompt.index], text)
-            if on_progress:
-                on_progress(len(predictions), len(samples))
+        yield
     finally:
         model.train(training)
-    return [predictions[index] for index in range(len(samples))]
 
 
 def _prepare(
@@ -104,7 +144,7 @@ def _answered(sample: ChatSample) -> ChatSample:
 
 def _prediction(sample: ChatSample, text: str, error: str = "") -> Prediction:
     answers = [turn.text for turn in sample.turns[-1:] if turn.role == "assistant"]
-    questions = [turn.text for turn in sample.turns if turn.role == "user"]
+    questions = [turn.text for turn in sample.turns if turn.role in ("user", "questioner")]
     question = questions[-1].replace(IMAGE_MARK, "").strip() if questions else ""
     return Prediction(sample.key, sample.kind, question, text, sample.references or tuple(answers), error)
 
