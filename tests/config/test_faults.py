@@ -85,7 +85,7 @@ def test_every_projector_type_is_among_the_choices(write: Write):
         ("model.projector={factor: 2}", None),  # the type is inherited
         ("objective.chunk=7", None),  # so is the default's
         ("tuning.language.lr=1e-5", None),
-        ("tuning.vision.lr=1e-5", "tuning.vision.mode is missing. Known: frozen, full"),
+        ("tuning.vision.lr=1e-5", "tuning.vision.mode is missing. Known: frozen, full, lora, dora, qlora"),
         ("model.projector.type=null", "model.projector.type is empty, which is not known. Known: linear,"),
         ("model.projector.type=[1]", "model.projector.type is [1], which is not known. Known: linear,"),
         (
@@ -99,7 +99,7 @@ def test_every_projector_type_is_among_the_choices(write: Write):
         ("model.projector.type=my.Projector", None),
         ("tuning.vision=frozen", "tuning.vision is 'frozen'. Write {mode: frozen}"),
         ("tuning.vision=null", "tuning.vision is empty. Write {mode: frozen}"),
-        ("tuning.vision={lr: 1}", "tuning.vision.mode is missing. Known: frozen, full"),
+        ("tuning.vision={lr: 1}", "tuning.vision.mode is missing. Known: frozen, full, lora, dora, qlora"),
         (
             "tuning.vision={mode: fulll}",
             "tuning.vision.mode is 'fulll', which is not known. Did you mean full?",

@@ -18,6 +18,8 @@ from transformers import (
 from vlmtune.config.schema import ModelConfig, TokenizerTraining
 from vlmtune.errors import CheckpointError, RecipeError
 from vlmtune.models.checkpoint import check_processor, load_model, load_weights, weights_digest
+from vlmtune.models.gguf import unpacked
+from vlmtune.models.origin import Origin
 from vlmtune.models.processor import (
     build_processor,
     pixel_statistics,
@@ -47,20 +49,29 @@ def build_model(
     """
     if config.projector is not None:
         import_projector(config.projector)
+    return build_from(Origin(config, seed), template, texts)
+
+
+def build_from(origin: Origin, template: str, texts: Texts | None = None) -> tuple[VLM, LlavaProcessor]:
+    """As `build_model`, without importing anything that the config names: it may come from a file."""
+    config = origin.config
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(origin.seed)
         model, processor = (
             _from_parts(config, template, texts) if config.checkpoint is None else _from_checkpoint(config)
         )
     processor.chat_template = processor.tokenizer.chat_template = template
     model.generation_config = _generation_config(processor.tokenizer, template)
+    model.origin = origin
     return model, processor
 
 
 def _from_checkpoint(config: ModelConfig) -> tuple[VLM, LlavaProcessor]:
     assert config.checkpoint is not None
     dtype = getattr(torch, config.dtype)
-    model, processor = load_model(config.checkpoint, dtype, config.revision, config.trust_remote_code)
+    model, processor = load_model(
+        config.checkpoint, dtype, config.revision, config.trust_remote_code, merged=True
+    )
     if config.image_fit is not None:
         statistics = statistics_of(processor.image_processor)
         side = model.config.vision_config.image_size
@@ -70,6 +81,9 @@ def _from_checkpoint(config: ModelConfig) -> tuple[VLM, LlavaProcessor]:
 
 def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tuple[VLM, LlavaProcessor]:
     assert config.vision and config.projector and config.language  # ModelConfig has seen to it
+    if config.language.path is not None:
+        unpacked_path = {"path": unpacked(config.language.path)}
+        config = config.model_copy(update={"language": config.language.model_copy(update=unpacked_path)})
     dtype = getattr(torch, config.dtype)
     tokenizer = _tokenizer(config, template, texts)
     tower = load_tower(config.vision, dtype, config.trust_remote_code)
@@ -85,10 +99,10 @@ def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tupl
         vision_feature_select_strategy=tower_family(tower.config).select,
     )
     vlm_config.image_seq_length = token_counter(vlm_config).tokens
-    model = _assemble(vlm_config, tower, language, dtype)
+    model = assemble(vlm_config, tower, language, dtype)
     if config.language.path is not None:
         _check_same_logits(language, model, config.language.path)
-        _grow_embeddings(model, len(tokenizer))
+        grow_embeddings(model, len(tokenizer))
     statistics = pixel_statistics(config.vision)
     images = square_images(config.image_fit or "pad", tower.config.image_size, statistics)
     processor = build_processor(model.config, tokenizer, images, template)
@@ -96,9 +110,7 @@ def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tupl
     return model.eval(), processor
 
 
-def _assemble(
-    config: VLMConfig, tower: PreTrainedModel, language: PreTrainedModel, dtype: torch.dtype
-) -> VLM:
+def assemble(config: VLMConfig, tower: PreTrainedModel, language: PreTrainedModel, dtype: torch.dtype) -> VLM:
     """The parts themselves, not copies, in a VLM that was made without weights."""
     with torch.device("meta"):
         model = VLM(config)
@@ -180,7 +192,7 @@ def _check_same_logits(language: PreTrainedModel, model: VLM, path: str) -> None
 
 
 @torch.no_grad()
-def _grow_embeddings(model: VLM, tokens: int) -> None:
+def grow_embeddings(model: VLM, tokens: int) -> None:
     """Makes room for new tokens; their rows are the mean of the old ones, so that no new token is likely.
 
     A multiple of 64 rows keeps matrix products fast (NVIDIA's guide to mixed precision). Never shrinks.

@@ -7,12 +7,14 @@ Only safetensors are read, and code that ships with a checkpoint runs only when 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -27,6 +29,8 @@ from vlmtune.errors import CheckpointError
 from vlmtune.models.vision import processor_counts
 from vlmtune.models.vlm import VLM, VLMConfig
 
+ADAPTERS_FILE = "adapters.json"
+"""In a folder that holds what was trained of a model with adapters: what they are, and their base."""
 _OPEN = "Give a folder with the file, or download the hub model first (HF_HUB_OFFLINE=1 forbids that)."
 
 
@@ -35,27 +39,42 @@ def load_model(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    merged: bool = False,
 ) -> tuple[VLM, LlavaProcessor]:
     """A VLM in eval mode and its processor, from our step folders, our exports, or `llava-hf/*`.
 
-    `dtype` None keeps the saved type. A stock `llava` is read as a VLM with the projector mlp2x. Raises
-    CheckpointError when a weight is missing, unexpected or of another shape, or when the processor does not
-    fit the model.
+    `dtype` None keeps the saved type. A stock `llava` is read as a VLM with the projector mlp2x. A folder of
+    adapters gives its base model with them in place, or `merged` into its weights. Raises CheckpointError when a
+    weight is missing, unexpected or of another shape, when the processor does not fit the model, or when the
+    base of adapters is not the one they were trained on.
     """
+    if (Path(path) / ADAPTERS_FILE).is_file():
+        from vlmtune.models.saving import load_adapted  # its base is built, perhaps from another checkpoint
+
+        return load_adapted(Path(path), dtype, trust_remote_code, merged)
     where = str(path)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _vlm_config(load_config(path, where, **hub), where)
     model = load_weights(VLM, path, where, dtype or "auto", config, **hub)
+    return model, load_processor(path, model, **hub)
+
+
+def load_processor(
+    path: str | Path, model: VLM, revision: str | None = None, trust_remote_code: bool = False
+) -> LlavaProcessor:
+    """The processor of a folder or hub id; raises CheckpointError when it does not fit the model."""
+    where = str(path)
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     processor = _load(AutoProcessor, path, where, **hub)
     if not isinstance(processor, LlavaProcessor):
         kind = type(processor).__name__
         raise CheckpointError(f"the processor is a {kind}", where, "It must be a LlavaProcessor.")
     # Apart: the keyword would reach the tokenizer too, and be saved there.
     processor.image_processor = _load(AutoImageProcessor, path, where, backend="pil", **hub)
-    for name, value in processor_counts(config).items():
+    for name, value in processor_counts(model.config).items():
         setattr(processor, name, value)
     check_processor(model, processor, where)
-    return model, processor
+    return processor
 
 
 def _vlm_config(config: PreTrainedConfig, where: str) -> VLMConfig:
@@ -147,16 +166,26 @@ def load_weights(
 
 
 def weights_digest(folder: Path) -> str:
-    """The sha256 of a folder's safetensors files, names included; raises CheckpointError when it has none."""
+    """The sha256 of a folder's safetensors files, names included; raises CheckpointError when it has none.
+
+    Of adapters also what they are and stand on.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise CheckpointError("there are no safetensors files", str(folder), "Name a model folder.")
+    files += folder.glob(ADAPTERS_FILE)
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def feed_digest(update: Callable[[Any], None], name: str, tensor: Tensor) -> None:
+    """Gives a tensor on the CPU to a digest's `update`: name, type, shape and every byte."""
+    update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def _load(kind: Any, path: str | Path, where: str, **options: Any) -> Any:

@@ -39,7 +39,7 @@ def load_tower(config: VisionConfig, dtype: torch.dtype, trust_remote_code: bool
         own = config_from(config.config or {}, "model.vision.config")
         tower = AutoModel.from_config(_check_family(own)).to(dtype)
     elif is_vlm(config.path, trust_remote_code):
-        model, _ = load_model(config.path, dtype, trust_remote_code=trust_remote_code)
+        model, _ = load_model(config.path, dtype, trust_remote_code=trust_remote_code, merged=True)
         tower = model.model.vision_tower
     else:
         own = load_config(config.path, "model.vision.path", trust_remote_code=trust_remote_code)
@@ -104,17 +104,9 @@ def fixed_grid(tower: Siglip2VisionModel, image_size: int | None = None) -> Sigl
     every forward; here the matrix is a convolution and the grid is resized once. None keeps the grid.
     """
     old: Siglip2VisionConfig = tower.config
-    grid = math.isqrt(old.num_patches)
-    if image_size is not None and image_size % old.patch_size:
-        raise RecipeError(
-            f"patches of {old.patch_size} pixels do not fill {image_size}",
-            where="model.vision.image_size",
-            remedy=f"Choose a multiple of {old.patch_size}.",
-        )
-    side = grid if image_size is None else image_size // old.patch_size
-    shared = {field.name for field in dataclasses.fields(SiglipVisionConfig)} & old.to_dict().keys()
-    options = {key: value for key, value in old.to_dict().items() if key in shared - {"model_type"}}
-    fixed = SiglipVisionModel(SiglipVisionConfig(**options | {"image_size": side * old.patch_size}))
+    config = grid_config(old, image_size)
+    grid, side = math.isqrt(old.num_patches), config.image_size // config.patch_size
+    fixed = SiglipVisionModel(config)
     weights = dict(tower.state_dict())
     patch = weights["embeddings.patch_embedding.weight"]
     weights["embeddings.patch_embedding.weight"] = patch.unflatten(
@@ -125,6 +117,20 @@ def fixed_grid(tower: Siglip2VisionModel, image_size: int | None = None) -> Sigl
     )
     fixed.load_state_dict(weights)
     return fixed.to(tower.dtype).train(tower.training)
+
+
+def grid_config(naflex: Siglip2VisionConfig, image_size: int | None = None) -> SiglipVisionConfig:
+    """The config of `fixed_grid`'s tower; raises RecipeError when patches do not fill the square."""
+    if image_size is not None and image_size % naflex.patch_size:
+        raise RecipeError(
+            f"patches of {naflex.patch_size} pixels do not fill {image_size}",
+            where="model.vision.image_size",
+            remedy=f"Choose a multiple of {naflex.patch_size}.",
+        )
+    side = math.isqrt(naflex.num_patches) * naflex.patch_size if image_size is None else image_size
+    shared = {field.name for field in dataclasses.fields(SiglipVisionConfig)} & naflex.to_dict().keys()
+    options = {key: value for key, value in naflex.to_dict().items() if key in shared - {"model_type"}}
+    return SiglipVisionConfig(**options | {"image_size": side})
 
 
 def _resize_grid(positions: Float[Tensor, "p d"], grid: int, side: int) -> Float[Tensor, "q d"]:

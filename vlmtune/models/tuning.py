@@ -1,25 +1,27 @@
-"""Which weights are trained: per part frozen or full, never those that no gradient reaches."""
+"""Which weights are trained: per part none, all or its adapters, never those that no gradient reaches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from vlmtune.config.tuning import Full, PartTuning, TuningConfig
-from vlmtune.models.vision import tower_family
+from vlmtune.config.tuning import Adapters, Frozen, Full, Part, PartTuning, Trained, TuningConfig
+from vlmtune.models.projectors import projector_class
+from vlmtune.models.vision import projector_config, tower_family
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-Part = Literal["vision", "projector", "language"]
 
 PART_PREFIXES: dict[Part, tuple[str, ...]] = {
     "vision": ("model.vision_tower.",),
     "projector": ("model.multi_modal_projector.",),
     "language": ("model.language_model.", "lm_head."),
 }
+ADAPTER = "default"
+"""peft's name for the only adapter of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,37 +53,59 @@ def apply_tuning(model: LlavaForConditionalGeneration, tuning: TuningConfig) -> 
 
     A trainable weight without gradient breaks DDP (unsynchronised or hanging ranks) with the right loss and
     no error: those behind the feature layer stay frozen. A tied lm_head counts once, as the embedding it is.
+    Adapters must be in place (see adapters.adapt).
     """
-    modes: dict[Part, PartTuning] = {
-        "vision": tuning.vision,
-        "projector": tuning.projector,
-        "language": tuning.language,
-    }
+    modes = tuning.parts()
     unreached = unreached_prefixes(model.config)
     total, trainable, unreachable = ({part: 0 for part in PART_PREFIXES} for _ in range(3))
     for name, weight in model.named_parameters():
         part = part_of(name)
-        full = isinstance(modes[part], Full)
+        chosen = isinstance(modes[part], Full) or (isinstance(modes[part], Adapters) and is_adapter(name))
         reached = not f"{name}.".startswith(unreached)
-        weight.requires_grad_(full and reached)
-        total[part] += weight.numel()
-        trainable[part] += weight.numel() if full and reached else 0
-        unreachable[part] += weight.numel() if full and not reached else 0
+        weight.requires_grad_(chosen and reached and not _held(modes[part]))
+        total[part] += weight_count(weight)
+        trainable[part] += weight.numel() if weight.requires_grad else 0
+        unreachable[part] += weight.numel() if chosen and not reached else 0
+    for part, mode in modes.items():
+        assert isinstance(mode, Full | Frozen) or _has_adapters(model, part), f"{part}: adapt the model first"
     return tuple(
         _row(part, mode, total[part], trainable[part], unreachable[part]) for part, mode in modes.items()
     )
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter, by its full name, is an adapter's."""
+    return ".lora_" in name
+
+
+def weight_count(weight: nn.Parameter) -> int:
+    """Single weights; a byte of a 4-bit layer holds two."""
+    state = vars(weight).get("quant_state")
+    return weight.numel() if state is None else state.shape.numel()
+
+
+def _held(mode: PartTuning) -> bool:
+    return isinstance(mode, Adapters) and mode.no_grad
+
+
+def _has_adapters(model: nn.Module, part: Part) -> bool:
+    return any(is_adapter(name) and part_of(name) == part for name, _ in model.named_parameters())
+
+
 def _row(part: Part, mode: PartTuning, total: int, trainable: int, unreachable: int) -> PartRow:
-    lr, decay = (mode.lr, mode.weight_decay) if isinstance(mode, Full) else (None, None)
-    return PartRow(part, total, trainable, unreachable, mode.mode, lr, decay)
+    lr, decay = (mode.lr, mode.weight_decay) if isinstance(mode, Trained) else (None, None)
+    shown = f"{mode.mode} {mode.rank}" if isinstance(mode, Adapters) else mode.mode
+    return PartRow(part, total, trainable, unreachable, shown, lr, decay)
 
 
 def unreached_prefixes(config: LlavaConfig) -> tuple[str, ...]:
-    """Full prefixes, each with a dot at its end, of the weights that the image features do not depend on."""
+    """Full prefixes, each with a dot at its end, of the weights that the image tokens do not depend on."""
     vision = config.vision_config
-    names = tower_family(vision).unreached(vision.num_hidden_layers, config.vision_feature_layer)
-    return tuple(f"model.vision_tower.{name}." for name in names)
+    tower = tower_family(vision).unreached(vision.num_hidden_layers, config.vision_feature_layer)
+    projector = projector_class(projector_config(config)).unreached
+    return tuple(f"model.vision_tower.{name}." for name in tower) + tuple(
+        f"model.multi_modal_projector.{name}." for name in projector
+    )
 
 
 def table(rows: tuple[PartRow, ...]) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, final, no_type_check
+from typing import TYPE_CHECKING, Any, final, no_type_check
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
@@ -13,6 +13,9 @@ from transformers.conversion_mapping import (
 )
 
 from vlmtune.models.vision import model_projector
+
+if TYPE_CHECKING:
+    from vlmtune.models.origin import Adaptation, Origin
 
 
 @no_type_check  # transformers passes keys beside the fields, which a checked __init__ would refuse
@@ -40,6 +43,11 @@ class VLM(LlavaForConditionalGeneration):
         config = copy.deepcopy(config)
         super().__init__(config)
         self.model.multi_modal_projector = model_projector(config)
+        # Not annotated in the class: transformers evaluates the annotations of its subclasses.
+        self.origin: Origin | None = None
+        """What it was built from; None for a model that was opened or made otherwise."""
+        self.adaptation: Adaptation | None = None
+        """The adapters it carries."""
 
 
 AutoConfig.register(VLMConfig.model_type, VLMConfig)
