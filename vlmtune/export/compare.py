@@ -49,11 +49,16 @@ def probes(model: VLM, batch: ChatBatch) -> list[Probe]:
         pixels = None if batch.pixel_values is None else batch.pixel_values[done : done + images]
         found.append(Probe(ids[None], pixels if images else None))
         done += images
+    return [*found[:_MOST_SAMPLES], made_up(model)]
+
+
+def made_up(model: VLM) -> Probe:
+    """A picture of noise and a few tokens: what can be asked of any model, whatever its chat template."""
+    tokens, image_id = token_counter(model.config)(0, 0), model.config.image_token_id
     side = model.config.vision_config.image_size
     noise = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     text = torch.arange(min(8, image_id)) if image_id else torch.arange(1, 9)
-    made_up = torch.cat([torch.full((tokens,), image_id), text])
-    return [*found[:_MOST_SAMPLES], Probe(made_up[None], noise)]
+    return Probe(torch.cat([torch.full((tokens,), image_id), text])[None], noise)
 
 
 def _samples(batch: ChatBatch) -> Iterator[Int[Tensor, " t"]]:
@@ -101,15 +106,21 @@ def compare_model(model: VLM, folder: Path, dtype: torch.dtype, batch: ChatBatch
     samples = probes(model, batch)
     ours = logits(model, samples)
     theirs = logits(reopened.to(model.device), samples)
+    exact = dtype == model.dtype == torch.float32
+    return demand_close(ours, theirs, exact, f"{folder}: logits of the reopened export")
+
+
+def demand_close(
+    ours: list[Float[Tensor, "1 t v"]], theirs: list[Float[Tensor, "1 t v"]], exact: bool, what: str
+) -> float:
+    """The largest difference of two models' logits; raises CheckpointError, about `what`, when it is too large.
+
+    `exact`: both were computed in float32.
+    """
     difference = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
-    largest = max(float(a.abs().max()) for a in ours)
-    bound = FP32_TOLERANCE if dtype == model.dtype == torch.float32 else HALF_TOLERANCE * largest
+    bound = FP32_TOLERANCE if exact else HALF_TOLERANCE * max(float(a.abs().max()) for a in ours)
     if not difference <= bound:  # also refuses NaN
-        raise CheckpointError(
-            f"logits of the reopened export differ by {difference:.3g} (allowed {bound:.3g})",
-            str(folder),
-            _REMEDY,
-        )
+        raise CheckpointError(f"{what} differ by {difference:.3g} (allowed {bound:.3g})", "", _REMEDY)
     return difference
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +14,19 @@ import transformers
 from transformers import GenerationConfig, LlavaProcessor
 
 from vlmtune import __version__
-from vlmtune.errors import CheckpointError
+from vlmtune.config.tuning import Adapters
 from vlmtune.export.card import model_card
 from vlmtune.export.compare import compare_model, compare_processor
+from vlmtune.export.folder import new_folder, write_json
 from vlmtune.export.processors import write_processor
-from vlmtune.export.weights import config_json, file_tensors, is_stock, stock_config, write_weights
+from vlmtune.export.weights import (
+    PartDigest,
+    config_json,
+    file_tensors,
+    is_stock,
+    stock_config,
+    write_weights,
+)
 from vlmtune.models.vlm import VLM
 from vlmtune.types import ChatBatch
 
@@ -54,47 +60,59 @@ def export_model(
     """
     started = time.perf_counter()
     dtype = dtype or model.dtype
-    _demand_replaceable(out)
-    aside = out.with_name(f"{out.name}.tmp-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _write(model, processor, aside, dtype, manifest, out.name)
+    with new_folder(out) as aside:
+        parts, pinned = _write(model, processor, aside, dtype)
         compare_processor(processor, aside, batch)
         difference = compare_model(model, aside, dtype, batch)
-        _put_in_place(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        found = {**manifest, **_adapters(model), "largest_logit_difference": difference}
+        write_record(aside, out.name, pinned, export_record(is_stock(model), dtype, parts, found))
     report = ExportReport(out, difference, is_stock(model), time.perf_counter() - started)
     _log.info("exported %s: logits within %.2g, %.1f s", out, difference, report.seconds)
     return report
 
 
 def _write(
-    model: VLM,
-    processor: LlavaProcessor,
-    folder: Path,
-    dtype: torch.dtype,
-    manifest: dict[str, Any],
-    name: str,
-) -> None:
-    stock = is_stock(model)
-    config = stock_config(model) if stock else model.config
-    _write_json(folder / "config.json", config_json(config, dtype))
+    model: VLM, processor: LlavaProcessor, folder: Path, dtype: torch.dtype
+) -> tuple[dict[str, PartDigest], bool]:
+    """The digest of each part, and whether pixels are the same everywhere (see `write_processor`)."""
+    config = stock_config(model) if is_stock(model) else model.config
+    write_json(folder / "config.json", config_json(config, dtype))
     _generation_config(model, processor).save_pretrained(folder)
     pinned = write_processor(processor, folder)
-    parts = write_weights(file_tensors(model), folder, dtype)
-    versions = {"vlmtune": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    record = {
+    return write_weights(file_tensors(model), folder, dtype), pinned
+
+
+def _adapters(model: VLM) -> dict[str, dict[str, str]]:
+    """What was merged into the weights of each part, in words; empty for a model without adapters."""
+    if model.adaptation is None:
+        return {}
+    modes = model.adaptation.tuning.parts()
+    return {"adapters": {part: str(mode) for part, mode in modes.items() if isinstance(mode, Adapters)}}
+
+
+def write_record(folder: Path, name: str, pinned: bool, record: Mapping[str, Any]) -> None:
+    """Writes manifest.json, and the model card that is made of it."""
+    record = {**record, "name": name, "pinned_pixels": pinned}
+    write_json(folder / "manifest.json", record)
+    (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+
+
+def export_record(
+    stock: bool, dtype: torch.dtype, parts: Mapping[str, PartDigest], manifest: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What manifest.json of an export holds: what is given, its form, the digest of each part, versions."""
+    return {
         **manifest,
         "kind": "export",
         "stock": stock,
         "dtype": str(dtype).removeprefix("torch."),
         "parts": {part: asdict(digest) for part, digest in parts.items()},
-        "versions": versions,
+        "versions": {
+            "vlmtune": __version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
     }
-    _write_json(folder / "manifest.json", record)
-    (folder / "README.md").write_text(model_card(name, stock, pinned, parts, manifest), encoding="utf-8")
 
 
 def _generation_config(model: VLM, processor: LlavaProcessor) -> GenerationConfig:
@@ -108,29 +126,3 @@ def _generation_config(model: VLM, processor: LlavaProcessor) -> GenerationConfi
         eos_token_id=ids[0] if len(ids) == 1 else ids,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _demand_replaceable(out: Path) -> None:
-    manifest = out / "manifest.json"
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not manifest.is_file() or json.loads(manifest.read_text()).get("kind") != "export":
-        raise CheckpointError("holds something that is not an export", str(out), "Name another folder.")
-
-
-def _put_in_place(aside: Path, out: Path) -> None:
-    """One rename makes the new export visible; the old one is moved out of the way and then removed."""
-    old = out.with_name(f"{out.name}.old-{os.getpid()}")
-    if out.exists():
-        os.replace(out, old)
-    try:
-        os.replace(aside, out)
-    except OSError:
-        if old.exists():
-            os.replace(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")

@@ -9,7 +9,10 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from vlmtune.data.collate import collate
 from vlmtune.data.render import Renderer
+from vlmtune.errors import DataError
+from vlmtune.export.compare import Probe, made_up, probes
 from vlmtune.models.vision import token_counter
+from vlmtune.models.vlm import VLM
 from vlmtune.types import IMAGE_MARK, ChatBatch, ChatSample, Encoded, ImageRef, Size, Turn
 
 _TURNS = (
@@ -23,6 +26,17 @@ def probe_batch(model: LlavaForConditionalGeneration, processor: LlavaProcessor)
     """A packed batch made without any file: a picture with two questions, two pictures, and no picture."""
     renderer = Renderer(processor.tokenizer, token_counter(model.config))
     return collate([_encode(renderer, processor, texts, i) for i, texts in enumerate(_TURNS)], "isolated")
+
+
+def probes_of(model: VLM, processor: LlavaProcessor) -> list[Probe]:
+    """The probes for a model whose chat template need not be ours.
+
+    A template without generation marks tells nobody what is learned: it is asked about a made-up picture only.
+    """
+    try:
+        return probes(model, probe_batch(model, processor))
+    except DataError:
+        return [made_up(model)]
 
 
 def _encode(renderer: Renderer, processor: LlavaProcessor, texts: tuple[str, ...], number: int) -> Encoded:

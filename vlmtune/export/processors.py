@@ -59,7 +59,7 @@ def _write_image_processor(folder: Path, pinned: bool) -> None:
 
 
 def _write_tokenizer_config(path: Path) -> None:
-    """Rewrites what version 4 does not read.
+    """Rewrites what version 4 does not read, and drops what is only about the folder it was read from.
 
     It knows no `TokenizersBackend`, has another name for the extra special tokens, and by default makes token
     type ids, which the model then refuses.
@@ -68,6 +68,8 @@ def _write_tokenizer_config(path: Path) -> None:
     if config["tokenizer_class"] == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = ["input_ids", "attention_mask"]
+    for how_it_was_opened in ("is_local", "local_files_only"):
+        config.pop(how_it_was_opened, None)
     extra = config.pop("extra_special_tokens", [])
     if extra:
         config["additional_special_tokens"] = extra

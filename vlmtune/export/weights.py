@@ -22,12 +22,15 @@ from torch import Tensor
 from transformers import LlavaConfig
 from transformers.core_model_loading import revert_weight_conversion
 
+from vlmtune.models.adapters import merged_state
+from vlmtune.models.checkpoint import feed_digest
 from vlmtune.models.vlm import VLM
 
 _NESTED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights lie one level deeper, in `vision_model`, before transformers 5."""
 _SHARD_BYTES = 5 * 10**9
-_PARTS = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "language"}
+PARTS = {"vision_tower": "vision", "multi_modal_projector": "projector", "language_model": "language"}
+"""The part of a tensor, by the first word of its name in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,10 @@ def stock_config(model: VLM) -> LlavaConfig:
 def config_json(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Any]:
     """What config.json holds: version 5's keys, and beside them the rotary settings where version 4 looks."""
     values = json.loads(config.to_json_string(use_diff=False)) | {"dtype": str(dtype).removeprefix("torch.")}
+    values.pop("_name_or_path", None)  # a folder on this machine
     for part in ("text_config", "vision_config"):
         values[part].pop("dtype", None)
+        values[part].pop("_name_or_path", None)
     rope = values["text_config"].get("rope_parameters")
     if rope and "rope_theta" in rope:
         values["text_config"]["rope_theta"] = rope["rope_theta"]
@@ -68,8 +73,8 @@ def config_json(config: LlavaConfig, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def file_tensors(model: VLM) -> dict[str, Tensor]:
-    """The tensors to write, by the name they have in the file."""
-    state = model.state_dict()
+    """The tensors to write, by the name they have in the file; adapters are merged into the weights."""
+    state = merged_state(model)
     if model.config.text_config.tie_word_embeddings:
         del state["lm_head.weight"]
     fresh = copy.copy(model)
@@ -91,43 +96,55 @@ def _nested_name(name: str) -> str:
 
 def write_weights(tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype) -> dict[str, PartDigest]:
     """The digest of every part, after model*.safetensors (and the index of several files) are written."""
-    shards = list(_shards(tensors, dtype))
-    digests = {part: hashlib.sha256() for part in _PARTS.values()}
-    counts = dict.fromkeys(_PARTS.values(), 0)
+    plan = {name: torch.empty_like(tensor, dtype=dtype, device="meta") for name, tensor in tensors.items()}
+    return write_stream(plan, lambda name: tensors[name], folder)
+
+
+def write_stream(
+    plan: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    folder: Path,
+    shard_bytes: int | None = None,
+    part: Callable[[str], str] = lambda name: PARTS[name.partition(".")[0]],
+) -> dict[str, PartDigest]:
+    """As `write_weights`, holding one file's tensors at a time: `read` gives each when it is written.
+
+    Shapes and types to write are those of the meta tensors in `plan`. `part` tells a name's part.
+    """
+    shards = list(_shards(plan, shard_bytes or _SHARD_BYTES))
+    digests = {name: hashlib.sha256() for name in PARTS.values()}
+    counts = dict.fromkeys(PARTS.values(), 0)
     places: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        written = {name: tensors[name].detach().to("cpu", dtype, copy=True).contiguous() for name in names}
+        written = {
+            name: read(name).detach().to("cpu", plan[name].dtype, copy=True).contiguous() for name in names
+        }
         save_file(written, folder / file, metadata={"format": "pt"})
         places |= dict.fromkeys(names, file)
         for name, tensor in written.items():
-            part = _PARTS[name.partition(".")[0]]
-            counts[part] += tensor.numel()
-            _digest(name, tensor, digests[part].update)
+            assert tensor.shape == plan[name].shape
+            counts[part(name)] += tensor.numel()
+            feed_digest(digests[part(name)].update, name, tensor)
+        del written
     if len(shards) > 1:
-        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        total = sum(tensor.nbytes for tensor in plan.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-    return {part: PartDigest(counts[part], digest.hexdigest()) for part, digest in digests.items()}
+    return {name: PartDigest(counts[name], digest.hexdigest()) for name, digest in digests.items()}
 
 
-def _digest(name: str, tensor: Tensor, update: Callable[[Any], None]) -> None:
-    update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    update(tensor.view(torch.uint8).numpy() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy())
-
-
-def _shards(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[list[str]]:
-    """Sorted names, cut so that a file stays under the limit (a larger tensor has its own file)."""
+def _shards(plan: Mapping[str, Tensor], most: int) -> Iterator[list[str]]:
+    """Sorted names, cut so that a file stays under `most` bytes (a larger tensor has its own file)."""
     names: list[str] = []
     size = 0
-    for name in sorted(tensors):
-        bytes_ = tensors[name].numel() * dtype.itemsize
-        if names and size + bytes_ > _SHARD_BYTES:
+    for name in sorted(plan):
+        if names and size + plan[name].nbytes > most:
             yield names
             names, size = [], 0
         names.append(name)
-        size += bytes_
+        size += plan[name].nbytes
     if names:
         yield names
