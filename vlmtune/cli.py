@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from vlmtune.cli_shipping import Public, Push, convert, merge, upload
 from vlmtune.errors import VlmtuneError
 
 app = typer.Typer(
@@ -226,12 +227,19 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16; default: the training type.")
     ] = None,
+    push: Push = None,
+    public: Public = False,
 ) -> None:
     """Write CHECKPOINT as a Hugging Face folder, reopen it, and compare the logits before ending well."""
     from vlmtune.run import export_step
 
     report = export_step(checkpoint, out, dtype)
     print(f"{report.path}: reopened, largest logit difference {report.max_abs_diff:.2g}")
+    upload(out, push, public)
+
+
+app.command()(merge)
+app.command()(convert)
 
 
 @app.command()
@@ -252,8 +260,12 @@ def plan(  # noqa: PLR0913  # foreign: typer makes an option of each parameter
         str | None,
         typer.Option(help="ddp, zero1, zero2, zero3, zero3_offload, fsdp2; default: the first that fits."),
     ] = None,
-    mfu: Annotated[float, typer.Option(help="Share of the peak that is reached, recomputation counted.")] = 0.4,
-    gpu_tflops: Annotated[float, typer.Option(help="Peak of one GPU in bfloat16 (A100: 312, H100: 989).")] = 312,
+    mfu: Annotated[
+        float, typer.Option(help="Share of the peak that is reached, recomputation counted.")
+    ] = 0.4,
+    gpu_tflops: Annotated[
+        float, typer.Option(help="Peak of one GPU in bfloat16 (A100: 312, H100: 989).")
+    ] = 312,
     samples: Annotated[int | None, typer.Option(help="Samples of an epoch, if the mix is not here.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Numbers for programs, in bytes and seconds.")] = False,
 ) -> None:
@@ -288,9 +300,7 @@ def vae(
 def reconstruct(
     step: Annotated[Path, typer.Argument(metavar="STEP", help="A step folder of a run with a denoiser.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures to paint from what the model knows.")],
-    out: Annotated[
-        Path | None, typer.Option(help="PNG to write; default: into the run's report.md.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG to write; default: into the run's report.md.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps; 1000 are the paper's DDPM, fewer DDIM.")] = 50,
     seed: Annotated[int, typer.Option(help="Of the noise that painting begins with.")] = 0,
 ) -> None:
