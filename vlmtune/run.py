@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import LlavaProcessor
 
+    from vlmtune.data.faults import Quarantine
     from vlmtune.data.loader import ChatData
     from vlmtune.evaluation.scores import Scores
     from vlmtune.export.hf import ExportReport
@@ -79,7 +80,7 @@ def run(recipes: Sequence[Recipe], fresh: bool = False) -> RunReport:
 
 def run_folder(recipe: Recipe) -> Path:
     """The run's output folder."""
-    return Path(recipe.run.dir or f"runs/{recipe.name}")
+    return Path(recipe.output)
 
 
 # ---------------------------------------------------------------- one stage
@@ -108,11 +109,8 @@ def _finished(stage: _Stage) -> Path | None:
 
 def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
     """The stage's newest checkpoint, and whether a signal ended it early."""
-    from vlmtune.data.faults import Quarantine
-    from vlmtune.models.attention import use_attention
-    from vlmtune.models.tuning import apply_tuning, table
     from vlmtune.objectives import build_objective
-    from vlmtune.training.checkpoint import restore
+    from vlmtune.training.checkpoint import read_manifest, restore_helpers
     from vlmtune.training.distributed import build_accelerator
     from vlmtune.training.engine import Engine, Setup
     from vlmtune.training.optim import build_optimizer
@@ -121,23 +119,17 @@ def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
     accelerator = build_accelerator(recipe.run, str(stage.folder))
     resume = _resume_point(stage, fresh, accelerator)
     model, processor = _build(stage, resume)
-    model.to(accelerator.device)
-    rows = apply_tuning(model, recipe.tuning)
-    attention, why = use_attention(model, recipe.model.attention)
-    if recipe.run.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    _announce(accelerator, table(rows), f"attention: {attention} ({why})")
-
+    _make_ready(model, recipe, accelerator)
     data = chat_data(recipe, processor, model)
     _announce(accelerator, data.summary())
-    quarantine = Quarantine(stage.folder / "quarantine.jsonl", data.samples, data.config.bad_samples.budget)
-    for bad in data.known_bad():
-        quarantine.add(*bad)
 
     objective = build_objective(_objective(stage), model, processor, recipe.run.seed)
     objective.train()
     optimizer = build_optimizer(objective.named_parameters(), recipe.tuning, recipe.optim)
-    start = restore(resume, objective, optimizer) if resume else 0
+    start = 0
+    if resume is not None:
+        restore_helpers(resume, objective)
+        start = read_manifest(resume)["step"]
     setup = Setup(
         recipe,
         objective,
@@ -153,13 +145,53 @@ def _train_stage(stage: _Stage, fresh: bool) -> tuple[Path, bool]:
             "versions": versions(),
         },
         lambda: _sample_answers(model, processor, data, recipe),
-        quarantine.add,
+        resume,
+        _quarantine(stage, data, accelerator).add,
     )
     accelerator.init_trackers(recipe.name)
     total = recipe.schedule.steps or max(round((recipe.schedule.epochs or 0) * data.steps_per_epoch), 1)
     report = Engine(accelerator, setup, start, total).fit()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:  # end_training would end the process group, which later stages need
+        tracker.finish()
+    accelerator.free_memory()
     return report.checkpoint, report.interrupted
+
+
+def _make_ready(model: VLM, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Adapters, device, what is trained, attention and checkpointing, in the order in which they need each other."""
+    from vlmtune.models.adapters import adapt
+    from vlmtune.models.attention import use_attention
+    from vlmtune.models.tuning import apply_tuning, table
+    from vlmtune.training.strategies import shards
+
+    adapt(model, recipe.tuning, recipe.run.seed)
+    if not shards(accelerator):  # else it may not fit
+        model.to(accelerator.device)
+    rows = apply_tuning(model, recipe.tuning)
+    attention, why = use_attention(model, recipe.model.attention)
+    if recipe.run.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    _announce(accelerator, table(rows), f"attention: {attention} ({why})")
+
+
+def _quarantine(stage: _Stage, data: ChatData, accelerator: Accelerator) -> Quarantine:
+    """The stage's bad samples so far, and those that indexing found."""
+    from vlmtune.data.faults import Quarantine
+
+    path, budget = stage.folder / "quarantine.jsonl", data.config.bad_samples.budget
+    quarantine = Quarantine(path, data.samples, budget, accelerator.is_main_process)
+    for bad in data.known_bad():
+        quarantine.add(*bad)
+    return quarantine
+
+
+def _objective(stage: _Stage) -> ObjectiveConfig:
+    """The stage's objective; a denoiser goes on from the stage before, as the model does."""
+    own = stage.recipe.objective
+    if stage.previous is None or not isinstance(own, ReconstructionConfig) or own.weights is not None:
+        return own
+    trained = (stage.previous / "objective.safetensors").exists()
+    return own.model_copy(update={"weights": str(stage.previous)}) if trained else own
 
 
 def chat_data(recipe: Recipe, processor: LlavaProcessor, model: VLM) -> ChatData:
@@ -177,15 +209,6 @@ def chat_data(recipe: Recipe, processor: LlavaProcessor, model: VLM) -> ChatData
 
 
 def build_inputs(recipe: Recipe, recipes: Sequence[Recipe]) -> tuple[ChatData, LlavaProcessor]:
-def _objective(stage: _Stage) -> ObjectiveConfig:
-    """The stage's objective; a denoiser goes on from the stage before, as the model does."""
-    own = stage.recipe.objective
-    if stage.previous is None or not isinstance(own, ReconstructionConfig) or own.weights is not None:
-        return own
-    trained = (stage.previous / "objective.safetensors").exists()
-    return own.model_copy(update={"weights": str(stage.previous)}) if trained else own
-
-
     """What the recipe's model would see, for looking at it: the data, rendered for the model's own processor."""
     model, processor = _build(_Stage(recipe, recipes, run_folder(recipe), "", None), None)
     return chat_data(recipe, processor, model), processor
@@ -308,9 +331,10 @@ def export_step(checkpoint: Path, out: Path, dtype: str | None) -> ExportReport:
     from vlmtune.export.hf import export_model
     from vlmtune.export.probe import probe_batch
     from vlmtune.models.build import load_model
+    from vlmtune.shipping import run_facts
     from vlmtune.training.checkpoint import read_manifest
 
-    manifest = read_manifest(checkpoint)
+    manifest = read_manifest(checkpoint) | run_facts(checkpoint)
     model, processor = load_model(checkpoint / "model")
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: None}
     if dtype not in kinds:

@@ -35,7 +35,8 @@ def prove(accelerator: Accelerator, objective_name: str) -> None:
         for count in (1, 2, 4):
             objective, _ = objective_and_samples(objective_name)
             engine = engine_of(accelerator, objective)
-            assert type(engine.objective).__name__ == "DistributedDataParallel", type(engine.objective)
+            wrapped = engine.strategy.module
+            assert type(wrapped).__name__ == "DistributedDataParallel", type(wrapped)
             micros = micro_batches(parts[rank], count)
             counted = engine._counts(micros)
             totals = {key: int(value) for key, value in counted.items() if key[0] != "_"}
@@ -47,7 +48,9 @@ def prove(accelerator: Accelerator, objective_name: str) -> None:
             error = torch.sqrt(sum(((grads[key] - reference[key]) ** 2).sum() for key in reference)) / scale
             assert error < 1e-5, (name, count, float(error))
             if accelerator.is_main_process:
-                print(f"law: {objective_name}, {name}, 2 ranks x {count} micro-batches: {float(error):.1e} off")
+                print(
+                    f"law: {objective_name}, {name}, 2 ranks x {count} micro-batches: {float(error):.1e} off"
+                )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from tests.contracts.test_objectives import objective_and_samples
 from tests.tiny import tiny_processor
 from tests.training.setups import engine_of
 from vlmtune.errors import CheckpointError, TrainingError
-from vlmtune.training.checkpoint import optimizer_tensors, restore, save_step, step_folders
+from vlmtune.training.checkpoint import restore_moments, save_step, step_folders
 
 
 @pytest.fixture
@@ -126,10 +126,11 @@ def test_optimizer_state_round_trips_without_pickle(accelerator, tmp_path):
         ".md",
     }
     second = engine(accelerator, tmp_path / "other")
-    assert restore(folder, second.setup.objective, second.optimizer.optimizer) == 3
-    ours = optimizer_tensors(first.setup.objective, first.optimizer.optimizer)
-    theirs = optimizer_tensors(second.setup.objective, second.optimizer.optimizer)
+    restore_moments(folder, second.strategy)
+    ours, theirs = first.strategy.moments(), second.strategy.moments()
     assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert {key.partition(":")[0] for key in ours} == {"exp_avg", "exp_avg_sq", "step"}
+    assert all(value == 3 for key, value in theirs.items() if key.startswith("step:"))
 
 
 def test_a_checkpoint_of_another_tuning_is_refused(accelerator, tmp_path):
@@ -140,7 +141,7 @@ def test_a_checkpoint_of_another_tuning_is_refused(accelerator, tmp_path):
     for weight in second.setup.objective.model.model.multi_modal_projector.parameters():
         weight.requires_grad_(False)
     with pytest.raises(CheckpointError, match="multi_modal_projector"):
-        restore(tmp_path / "step_000001", second.setup.objective, second.optimizer.optimizer)
+        restore_moments(tmp_path / "step_000001", second.strategy)
 
 
 def test_a_torn_save_is_never_a_checkpoint(accelerator, tmp_path, monkeypatch):
@@ -149,12 +150,5 @@ def test_a_torn_save_is_never_a_checkpoint(accelerator, tmp_path, monkeypatch):
         "vlmtune.training.checkpoint.os.replace", lambda *_: (_ for _ in ()).throw(OSError("full"))
     )
     with pytest.raises(OSError, match="full"):
-        save_step(
-            tmp_path,
-            5,
-            running.setup.objective,
-            running.optimizer.optimizer,
-            running.setup.processor,
-            {"key": "k"},
-        )
+        save_step(tmp_path, 5, running.strategy, running.setup.processor, {"key": "k"})
     assert step_folders(tmp_path) == []

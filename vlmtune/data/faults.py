@@ -65,11 +65,12 @@ def _image_faults(ref: ImageRef) -> tuple[Fault, ...]:
 class Quarantine:
     """The list of bad samples of a run: a JSON line {"key", "reason"} for each, once, also after a resume.
 
-    `total` is the number of samples in the mix; more than `budget` x `total` bad ones stop the run.
+    `total` is the number of samples in the mix; more than `budget` x `total` bad ones stop the run. Every rank
+    counts all of them, and one rank `writes`.
     """
 
-    def __init__(self, path: Path, total: int, budget: float) -> None:
-        self._path, self._total, self._budget = path, total, budget
+    def __init__(self, path: Path, total: int, budget: float, writes: bool = True) -> None:
+        self._path, self._total, self._budget, self._writes = path, total, budget, writes
         self._reasons = _read(path)
 
     def __len__(self) -> int:
@@ -79,8 +80,9 @@ class Quarantine:
         """Notes a bad sample. Raises DataError when there are more than the budget allows."""
         if key not in self._reasons:
             self._reasons[key] = reason
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            _append(self._path, json.dumps({"key": key, "reason": reason}))
+            if self._writes:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _append(self._path, json.dumps({"key": key, "reason": reason}))
         if len(self._reasons) > self._budget * self._total + 1e-9:
             raise self._spent()
 

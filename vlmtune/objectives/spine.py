@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,28 +20,28 @@ def hidden_states(model: nn.Module, batch: ChatBatch) -> Float[Tensor, "b t d"]:
     A rank whose micro-batch holds no image runs a blank one at weight zero when other ranks exist: all ranks then
     call the same modules in the same order, without which DDP fails on its next step and ZeRO-3 or FSDP hang.
     """
-    segments: dict[str, Any] = {}
+    rest: dict[str, Any] = {
+        "position_ids": batch.position_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
     if batch.cu_seqlens is not None:
-        segments = {"cu_seqlens": batch.cu_seqlens, "max_seqlen": int(batch.position_ids.max()) + 1}
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "pixel_values": batch.pixel_values}
+        rest |= {"cu_seqlens": batch.cu_seqlens, "max_seqlen": int(batch.position_ids.max()) + 1}
     if batch.pixel_values is None and torch.distributed.is_initialized():
-        inputs = {"inputs_embeds": _embeddings_and_blank(model, batch.input_ids)}
-    return model.model(
-        **inputs,
-        position_ids=batch.position_ids,
-        attention_mask=batch.attention_mask,
-        use_cache=False,
-        **segments,
-    ).last_hidden_state
+        return _in_place_of_forward(model.model, partial(_text_and_blank, model, rest), batch.input_ids)
+    return model.model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, **rest).last_hidden_state
 
 
-def _embeddings_and_blank(model: nn.Module, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t d"]:
-    """The embeddings of text, in the order in which the model meets its modules when there are images."""
+def _text_and_blank(
+    model: nn.Module, rest: dict[str, Any], ids: Int[Tensor, "b t"]
+) -> Float[Tensor, "b t d"]:
+    """What stock Llava does with text, and with a blank image where it would embed images."""
     embeddings = model.get_input_embeddings()(ids)
     side = model.config.vision_config.image_size
     blank = torch.zeros(1, 3, side, side, dtype=embeddings.dtype, device=ids.device)
     features = torch.stack(tuple(model.get_image_features(pixel_values=blank).pooler_output))
-    return embeddings + 0.0 * features.sum().to(embeddings.dtype)
+    embeddings = embeddings + 0.0 * features.sum().to(embeddings.dtype)
+    return model.model.language_model(inputs_embeds=embeddings, **rest).last_hidden_state
 
 
 def supervised_tokens(batch: ChatBatch) -> int:
@@ -62,7 +63,7 @@ def token_loss(
 
 
 def _in_place_of_forward(module: nn.Module, compute: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
-    """`compute` of the inputs within the module's own call: ZeRO-3 gathers a module's weights in its hooks only."""
+    """`compute` of the inputs within the module's own call, whose hooks gather weights under ZeRO-3 and FSDP."""
     module.forward = compute
     try:
         return module(inputs)

@@ -7,6 +7,7 @@
       manifest.json           kind, step, stage key, versions
 
 Nothing else is needed to resume bit for bit: the data cursor and every generator are functions of (seed, step).
+Tensors are whole and named by parameter, whatever strategy wrote them: any other, on any number of processes, goes on.
 """
 
 from __future__ import annotations
@@ -14,18 +15,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
-import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmtune.errors import CheckpointError
+from vlmtune.models.saving import save_model, saved_names
 from vlmtune.objectives.base import Objective
+from vlmtune.training.strategies import Parallel
 
 _PREFIX = "step_"
 _ASIDE = ".partial"
+_MODEL = "model."
 
 
 def step_folders(folder: Path) -> list[Path]:
@@ -45,30 +50,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def save_step(
-    folder: Path,
-    step: int,
-    objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    processor: Any,
-    manifest: dict[str, Any],
-) -> Path:
-    """The folder of the finished checkpoint."""
+def save_step(folder: Path, step: int, strategy: Parallel, processor: Any, manifest: dict[str, Any]) -> Path:
+    """The folder of the finished checkpoint. All ranks call it together: they gather, the main process writes."""
     final = folder / f"{_PREFIX}{step:06d}"
     aside = final.with_name(final.name + _ASIDE)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    objective.exported().save_pretrained(aside / "model")
-    processor.save_pretrained(aside / "model")
-    helpers = {name: value for name, value in objective.state_dict().items() if not name.startswith("model.")}
-    if helpers:
-        save_file(helpers, aside / "objective.safetensors")
-    save_file(optimizer_tensors(objective, optimizer), aside / "optimizer.safetensors")
-    (aside / "manifest.json").write_text(json.dumps({"kind": "step", "step": step, **manifest}, indent=1))
-    _flush(aside)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(aside, final)
+    main, objective = strategy.accelerator.is_main_process, strategy.objective
+    if main:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    # One after the other, so that the main process never holds both weights and moments.
+    weights = strategy.weights(_MODEL + name for name in saved_names(objective.exported()))
+    if main:
+        state = {name.removeprefix(_MODEL): value for name, value in weights.items()}
+        save_model(objective.exported(), processor, aside / "model", state)
+        del state
+    del weights
+    helpers = strategy.weights(_helper_names(objective))
+    moments = strategy.moments()
+    if main:
+        if helpers:
+            save_file(helpers, aside / "objective.safetensors")
+        save_file(moments, aside / "optimizer.safetensors")
+        (aside / "manifest.json").write_text(json.dumps({"kind": "step", "step": step, **manifest}, indent=1))
+        _flush(aside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+    strategy.accelerator.wait_for_everyone()
     return final
 
 
@@ -80,41 +88,55 @@ def rotate(folder: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
-def optimizer_tensors(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<entry>:<parameter name>` -> tensor."""
-    names = {parameter: name for name, parameter in objective.named_parameters()}
-    return {
-        f"{entry}:{names[parameter]}": value.detach().contiguous()
-        for parameter, state in optimizer.state.items()
-        for entry, value in state.items()
-    }
+def restore_helpers(path: Path, objective: Objective) -> None:
+    """Puts what only training needs in place, before the objective is prepared; the model was built from `path`.
 
-
-def restore(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
-    """The number of optimizer steps done, after helpers and moments of `path` are in place.
-
-    The model itself was built from `path / "model"`. Raises CheckpointError when a tensor is missing or unexpected.
+    Raises CheckpointError when a tensor is missing or unexpected.
     """
     helpers = path / "objective.safetensors"
-    own = {name for name in objective.state_dict() if not name.startswith("model.")}
     saved = load_file(helpers) if helpers.exists() else {}
-    _demand_equal(set(saved), own, helpers)
+    _demand_equal(set(saved), set(_helper_names(objective)), helpers)
     objective.load_state_dict(saved, strict=False)
-    _restore_optimizer(load_file(path / "optimizer.safetensors"), objective, optimizer, path)
-    return int(read_manifest(path)["step"])
 
 
-def _restore_optimizer(
-    tensors: dict[str, Tensor], objective: nn.Module, optimizer: torch.optim.Optimizer, path: Path
-) -> None:
-    parameters = dict(objective.named_parameters())
-    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    _demand_equal({key.partition(":")[2] for key in tensors}, trained, path / "optimizer.safetensors")
-    for key, value in tensors.items():
-        entry, _, name = key.partition(":")
-        parameter = parameters[name]
-        # The step counter of AdamW stays where it was saved; the moments live with their parameter.
-        optimizer.state[parameter][entry] = value if value.ndim == 0 else value.to(parameter.device)
+def restore_moments(path: Path, strategy: Parallel) -> None:
+    """Puts the optimizer's state in place, whatever strategy and world size wrote it.
+
+    Raises CheckpointError when it is not that of the weights trained here.
+    """
+    file = path / "optimizer.safetensors"
+    with TensorFile(file) as moments:
+        trained = {name for name, weight in strategy.objective.named_parameters() if weight.requires_grad}
+        _demand_equal({key.partition(":")[2] for key in moments}, trained, file)
+        strategy.load_moments(moments)
+
+
+@final
+class TensorFile(Mapping[str, Tensor]):
+    """A safetensors file, open inside `with`; a tensor is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+
+    def __enter__(self) -> TensorFile:
+        self._file.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.__exit__(*error)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file.keys())
+
+    def __len__(self) -> int:
+        return len(self._file.keys())
+
+
+def _helper_names(objective: Objective) -> list[str]:
+    return [name for name in objective.state_dict() if not name.startswith(_MODEL)]
 
 
 def _demand_equal(saved: set[str], expected: set[str], where: Path) -> None:

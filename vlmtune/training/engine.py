@@ -1,7 +1,8 @@
 """fit(): the loop. One step pulls its micro-batches, sums their counts, and takes one optimizer step.
 
 Every returned loss is a share of the global loss (the law), so gradients add over micro-batches; between ranks the
-gradient average divides by the world size, which is the only factor to undo.
+gradient average divides by the world size, which is the only factor to undo. How that is done under DDP, FSDP2 or
+ZeRO is the strategy's.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -25,10 +25,11 @@ from torch import Tensor
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import TrainingError
 from vlmtune.objectives.base import Objective
-from vlmtune.training.checkpoint import rotate, save_step
+from vlmtune.training.checkpoint import restore_moments, rotate, save_step
 from vlmtune.training.distributed import peak_memory_gb, sum_over_ranks
 from vlmtune.training.logging import RunLog
 from vlmtune.training.optim import lr_factor, set_lr
+from vlmtune.training.strategies import build_strategy
 from vlmtune.types import ChatBatch
 
 
@@ -57,6 +58,8 @@ class Setup:
     """Goes into every checkpoint beside its step."""
     answer: Callable[[], list[dict[str, str]]] | None = None
     """A few greedy answers on held-out samples, shown at every measurement."""
+    resume: Path | None = None
+    """The checkpoint whose weights the model has; the optimizer's state is read from it."""
     on_bad: Callable[[str, str], None] | None = None
     """Receives key and reason of every zero-weight slot; raises when the budget is spent."""
 
@@ -101,7 +104,9 @@ class Engine:
         self.setup = setup
         self.recipe = setup.recipe
         self.start, self.total = start, total
-        self.objective, self.optimizer = accelerator.prepare(setup.objective, setup.optimizer)
+        self.strategy = build_strategy(accelerator, setup.objective, setup.optimizer, setup.recipe)
+        if setup.resume is not None:
+            restore_moments(setup.resume, self.strategy)
         self._probed = not self.recipe.run.probe
         self._stop = False
         self._window = _Window(began=time.monotonic())
@@ -116,6 +121,7 @@ class Engine:
             RunLog(accelerator, self.setup.folder, title, self.total, self.start, run.log_samples) as log,
             self._stop_on_signal(log),
         ):
+            log.say(self.strategy.describe())
             step = self.start
             for micros in self.setup.stream.steps(self.start, self.total):
                 stopped = self._step(step, micros, log)
@@ -133,16 +139,15 @@ class Engine:
         accelerator, run = self.accelerator, self.recipe.run
         # Dropout and other draws inside the model depend on (seed, step, rank) only: nothing to save or restore.
         torch.manual_seed((run.seed << 40) ^ (step << 12) ^ accelerator.process_index)
-        lr = set_lr(self.optimizer, lr_factor(step, self.total, self.recipe.schedule))
-        self._report_bad(micros)
+        lr = set_lr(self.strategy.optimizer, lr_factor(step, self.total, self.recipe.schedule))
         counted = self._counts(micros)
+        self._report_bad(micros, counted["_bad"])
         totals = {name: int(value) for name, value in counted.items() if name[0] != "_"}
         terms = self._accumulate(micros, totals)
-        norm = self._gradient_norm()
         sums = sum_over_ranks(accelerator, terms | {"_stop": float(self._stop)})
+        self._probed = self._probed or prove_gradients(self.setup.objective, self.strategy.reached())
+        norm = self.strategy.update() if all(map(math.isfinite, sums.values())) else math.nan
         self._demand_finite(step, sums, norm, micros)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self._window.add(counted, sums)
         log.advance(step + 1)
         if run.log_samples:
@@ -154,7 +159,7 @@ class Engine:
     def _counts(self, micros: Sequence[ChatBatch]) -> dict[str, float]:
         """The objective's denominators, and sizes for the log (underscored), summed over micro-batches and ranks."""
         objective = self.setup.objective
-        counted: dict[str, float] = {"_samples": 0.0, "_useful": 0.0, "_padding": 0.0}
+        counted: dict[str, float] = {"_samples": 0.0, "_useful": 0.0, "_padding": 0.0, "_bad": 0.0}
         for batch in micros:
             for name, value in objective.counts(batch).items():
                 counted[name] = counted.get(name, 0.0) + value
@@ -163,28 +168,20 @@ class Engine:
             counted["_samples"] += len(batch.keys)
             counted["_useful"] += useful
             counted["_padding"] += size - useful
+            counted["_bad"] += len(batch.bad)
         return sum_over_ranks(self.accelerator, counted)
 
     def _accumulate(self, micros: list[ChatBatch], totals: dict[str, int]) -> dict[str, float]:
         """This rank's share of each term, after the backward passes of all its micro-batches."""
-        accelerator = self.accelerator
         shares: dict[str, Tensor] = {}
         self._shares: list[Tensor] = []
         for index, batch in enumerate(micros):
-            last = index == len(micros) - 1
-            with nullcontext() if last else accelerator.no_sync(self.objective):
-                output = self.objective(to_device(batch, accelerator.device), totals)
-                accelerator.backward(output.loss * accelerator.num_processes)
+            here, last = to_device(batch, self.accelerator.device), index == len(micros) - 1
+            output = self.strategy.learn(here, totals, last)
             self._shares.append(output.loss.detach())
             for name, share in output.terms.items():
                 shares[name] = shares.get(name, 0.0) + share.double()
         return {name: float(share) for name, share in shares.items()}
-
-    def _gradient_norm(self) -> float:
-        if not self._probed:
-            self._probed = prove_gradients(self.setup.objective)
-        limit = self.recipe.optim.max_grad_norm or float("inf")
-        return float(self.accelerator.clip_grad_norm_(self.objective.parameters(), limit))
 
     def _demand_finite(self, step: int, sums: dict[str, float], norm: float, micros: list[ChatBatch]) -> None:
         if all(map(math.isfinite, (norm, *sums.values()))):
@@ -230,40 +227,42 @@ class Engine:
             return
         began, objective = time.monotonic(), self.setup.objective
         objective.eval()
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad():
             log.record({"step": step, "held_out": {name: self._loss(part) for name, part in batches.items()}})
-            if self.setup.answer is not None and self.accelerator.is_main_process:
-                log.record({"step": step, "answers": self.setup.answer()})
+            self._answer(step, log)
         objective.train()
         self._window.began += time.monotonic() - began
+
+    def _answer(self, step: int, log: RunLog) -> None:
+        if self.setup.answer is None:
+            return
+        if self.strategy.sharded:  # all ranks would have to generate, as many tokens each
+            log.say(f"  no sample answers: no process holds all weights under {self.strategy.name}")
+        elif self.accelerator.is_main_process:
+            with self.strategy.autocast():
+                log.record({"step": step, "answers": self.setup.answer()})
 
     def _loss(self, batches: Sequence[ChatBatch]) -> float:
         totals = {name: int(value) for name, value in self._counts(batches).items()}
         shares = [
-            float(self.setup.objective(to_device(batch, self.accelerator.device), totals).loss)
+            float(self.strategy.evaluate(to_device(batch, self.accelerator.device), totals).loss)
             for batch in batches
         ]
         return sum_over_ranks(self.accelerator, {"loss": sum(shares)})["loss"]
 
     def save(self, step: int) -> Path:
         """The checkpoint of `step`, once it is complete and older ones are rotated out."""
-        folder = self.setup.folder
+        setup = self.setup
+        manifest = setup.manifest | {"total_steps": self.total, "strategy": self.strategy.describe()}
+        saved = save_step(setup.folder, step, self.strategy, setup.processor, manifest)
         if self.accelerator.is_main_process:
-            save_step(
-                folder,
-                step,
-                self.setup.objective,
-                self.optimizer.optimizer,
-                self.setup.processor,
-                self.setup.manifest | {"total_steps": self.total},
-            )
-            rotate(folder, self.recipe.run.keep)
-        self.accelerator.wait_for_everyone()
-        return folder / f"step_{step:06d}"
+            rotate(setup.folder, self.recipe.run.keep)
+        return saved
 
-    def _report_bad(self, micros: list[ChatBatch]) -> None:
-        if self.setup.on_bad is not None:
-            for key, reason in chain.from_iterable(batch.bad for batch in micros):
+    def _report_bad(self, micros: list[ChatBatch], count: float) -> None:
+        """Tells every rank of the bad samples of all: all of them stop when the budget is spent."""
+        if self.setup.on_bad is not None and count:
+            for key, reason in gather_object([fault for batch in micros for fault in batch.bad]):
                 self.setup.on_bad(key, reason)
 
     @contextmanager
@@ -284,20 +283,19 @@ class Engine:
                 signal.signal(each, handler)
 
 
-def prove_gradients(objective: Objective) -> bool:
-    """True when every trainable weight has a gradient; False while no image has been seen yet.
+def prove_gradients(objective: Objective, reached: set[str]) -> bool:
+    """True when every trainable weight has been reached; False while no image has been seen yet.
 
     Raises TrainingError naming the weights otherwise: under DDP such a weight would make the ranks drift apart
     without an error.
     """
-    missing = [
-        name for name, weight in objective.named_parameters() if weight.requires_grad and weight.grad is None
-    ]
+    trained = {name for name, weight in objective.named_parameters() if weight.requires_grad}
+    missing = sorted(trained - reached)
     if not missing:
         return True
     visual = ("model.model.vision_tower.", "model.model.multi_modal_projector.")
     if all(name.startswith(visual) for name in missing) and not any(
-        weight.grad is not None for name, weight in objective.named_parameters() if name.startswith(visual)
+        name.startswith(visual) for name in reached
     ):
         return False  # text-only so far
     raise TrainingError(
