@@ -413,6 +413,13 @@ def test_an_export_in_the_original_layout(tmp_path: Path) -> None:
     assert "LlavaLlamaForCausalLM" in (out / "README.md").read_text()
 
 
+def test_a_template_that_is_not_ours(tmp_path: Path) -> None:
+    model, processor = tiny_model()
+    export_model(model, processor, tmp_path / "export", None, probe_batch(model, processor), {})
+    (tmp_path / "export" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert convert(tmp_path / "export", tmp_path / "out", tower="x/y").max_abs_diff < 1e-5
+
+
 @pytest.mark.parametrize(
     ("names", "reason"),
     [

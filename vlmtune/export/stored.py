@@ -72,7 +72,7 @@ def open_stored(path: Path) -> StoredModel:
     # A step of the projector `linear` lacks the second layer, an identity, that its export has.
     implied = {name: tensor for name, tensor in expected.items() if tensor.device.type != "meta"}
     tensors = {name: Stored(tensor, lambda tensor=tensor: tensor) for name, tensor in implied.items()}
-    tensors |= {name: tensor for name, tensor in found.items() if not name.endswith(_COMPUTED)}
+    tensors |= found
     faults = differences(expected, {name: tensor.meta for name, tensor in tensors.items()})
     if faults:
         raise CheckpointError(f"is not what its config says: {faults}", str(folder), "Save it again.")
@@ -98,7 +98,7 @@ def _demand_whole(path: Path, folder: Path) -> None:
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:
-    """Every tensor of a folder's safetensors files, by its name there; raises CheckpointError without any."""
+    """Every weight in a folder's safetensors files, by its name there; raises CheckpointError without any."""
     index = read_json(folder / "model.safetensors.index.json").get("weight_map", {})
     files = sorted({*index.values()}) or ["model.safetensors"]
     found: dict[str, Stored] = {}
@@ -112,8 +112,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
 
 def _file_tensors(file: Path) -> dict[str, Stored]:
     with safe_open(file, "pt") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        return {name: Stored(_meta(each, file), _reader(file, name)) for name, each in slices.items()}
+        names = [name for name in opened.keys() if not name.endswith(_COMPUTED)]  # noqa: SIM118 (not a mapping)
+        return {name: Stored(_meta(opened.get_slice(name), file), _reader(file, name)) for name in names}
 
 
 def _meta(stored_slice: object, file: Path) -> Tensor:
