@@ -31,12 +31,22 @@ FLOORS: dict[str, set[str]] = {
     "synthesis": _BELOW | {"data"},
 }
 """The rooms each room may import (section 2 of the design)."""
-ROOF = {"cli", "cli_shipping", "__main__", "run", "provenance", "inspection", "diagnosis", "shipping"}
+ROOF = {
+    "cli",
+    "cli_shipping",
+    "__main__",
+    "run",
+    "provenance",
+    "inspection",
+    "diagnosis",
+    "shipping",
+    "reconstruct",
+}
 """The command line and what its commands do; the roof may import all, and nobody imports the roof."""
 HEAVY = {"torch", "transformers", "accelerate", "numpy", "safetensors", "tokenizers", "PIL", "matplotlib"}
 OPTIONAL = {
     *("flash_attn", "bitsandbytes", "deepspeed", "liger_kernel", "easy_vqa", "datasets", "matplotlib"),
-    *("wandb", "tensorboard", "trackio", "peft"),
+    *("wandb", "tensorboard", "trackio", "peft", "diffusers"),
 }
 
 

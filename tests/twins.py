@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from tests.tiny import LANGUAGES, TOWERS, tiny_images
+from tests.vaes import tiny_vae_folder
 from vlmtune.config.schema import Recipe
 
 COLORS = ("red", "blue", "green", "teal")
@@ -52,6 +53,12 @@ def tiny_twin(recipe: Recipe, folder: Path, steps: int = 2) -> Recipe:
         "language": {"config": LANGUAGES["llama"], "tokenizer": {"vocab_size": 400}},
         "dtype": "float32",
     }
+    if content["objective"]["type"] == "reconstruction":
+        content["objective"] |= {
+            "target": {"type": "vae", "path": tiny_vae_folder(folder / "vae")},
+            "denoiser": content["objective"]["denoiser"] | {"width": 32, "heads": 4},
+            "weights": None,
+        }
     mix = str(tiny_mix(folder))
     content["data"]["chat"] |= {
         "mix": mix,

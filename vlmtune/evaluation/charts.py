@@ -8,7 +8,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ class Curve:
     stage: str
     train: Sequence[tuple[int, float]]
     held_out: Mapping[str, Sequence[tuple[int, float]]]
+    terms: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    """The parts that the training loss is the sum of, if there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,21 @@ def draw_examples(path: Path, examples: Sequence[Example], columns: int = 4) -> 
         figure.subplots_adjust(left=0.02, right=0.98, top=0.985, bottom=0.24 / rows, wspace=0.1, hspace=0.42)
 
 
+def draw_pictures(path: Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes a PNG: a column a title, of equally many pictures (n, height, width, 3) with values from -1 to 1."""
+    count = len(next(iter(columns.values())))
+    with _figure(path, 1.6 * len(columns), 1.6 * count + 0.3) as figure:
+        cells = figure.subplots(count, len(columns), squeeze=False)
+        for place, (title, pictures) in enumerate(columns.items()):
+            cells[0, place].set_title(title, fontsize=9, color=_INK, parse_math=False)
+            for cell, picture in zip(cells[:, place], pictures, strict=True):
+                cell.imshow((picture.clip(-1, 1) + 1) / 2, interpolation="nearest")
+                cell.axis("off")
+        figure.subplots_adjust(
+            left=0.01, right=0.99, bottom=0.01, top=1 - 0.3 / (1.6 * count + 0.3), wspace=0.03, hspace=0.03
+        )
+
+
 @contextmanager
 def _figure(path: Path, width: float, height: float) -> Iterator[Any]:
     """Yields a figure (inches) that is saved on leaving; no global state, so training's own plots are left alone."""
@@ -91,6 +108,11 @@ def _draw_curve(panel: Axes, curve: Curve) -> None:
         smooth = smoothed(losses)
         panel.plot(steps, losses, color=_TRAIN, alpha=0.22, linewidth=0.9)
         panel.plot(steps, smooth, color=_TRAIN, linewidth=1.9, label="training, smoothed")
+        shown += smooth.tolist()
+    for style, (name, points) in zip(("--", ":", "-.") * len(curve.terms), curve.terms.items(), strict=False):
+        steps, losses = map(np.asarray, zip(*points, strict=True))
+        smooth = smoothed(losses)
+        panel.plot(steps, smooth, color=_TRAIN, linewidth=1.3, linestyle=style, label=f"of it: {name}")
         shown += smooth.tolist()
     for color, (name, points) in zip(_HELD_OUT * len(curve.held_out), curve.held_out.items(), strict=False):
         steps, losses = zip(*points, strict=True)

@@ -19,6 +19,8 @@ from vlmtune.data.sources import Source, open_source
 from vlmtune.errors import VlmtuneError
 from vlmtune.evaluation.charts import Curve, Example, draw_examples, draw_losses
 
+RECONSTRUCTION = Path("report") / "reconstruction.png"
+"""Inside a run folder."""
 _EXAMPLES = 12
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~#$!])")
 
@@ -38,6 +40,7 @@ def write_report(run_dir: Path, cache: Path = Path(".cache/vlmtune")) -> Path:
         _scores(metrics),
         _training(run_dir, stages),
         _examples(run_dir, predictions, str(metrics.get("mix", "")), cache),
+        _reconstruction(run_dir),
         _time(phases),
     ]
     text = "\n\n".join("\n".join(section) for section in sections if section) + "\n"
@@ -127,6 +130,7 @@ def _training(run_dir: Path, stages: Mapping[str, list[dict[str, Any]]]) -> list
 
 
 def _curve(name: str, rows: Iterable[Mapping[str, Any]]) -> Curve:
+    rows = list(rows)
     train: list[tuple[int, float]] = []
     held_out: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
@@ -134,7 +138,18 @@ def _curve(name: str, rows: Iterable[Mapping[str, Any]]) -> Curve:
             train.append((row["step"], row["loss"]))
         for dataset, loss in row.get("held_out", {}).items():
             held_out.setdefault(dataset, []).append((row["step"], loss))
-    return Curve(name, train, held_out)
+    return Curve(name, train, held_out, _terms(rows))
+
+
+def _terms(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The points of each term of the loss; metrics.jsonl has them between `loss` and `lr` when there are several."""
+    terms: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        names = [*row]
+        if "loss" in row and "lr" in row:
+            for name in names[names.index("loss") + 1 : names.index("lr")]:
+                terms.setdefault(name, []).append((row["step"], row[name]))
+    return terms
 
 
 def _stage_row(curve: Curve, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -226,6 +241,13 @@ def _example(row: Mapping[str, Any], sources: Mapping[str, Source]) -> Example:
     return Example(picture, row["prompt"], row["prediction"], references[0], bool(row.get("correct")))
 
 
+def _reconstruction(run_dir: Path) -> list[str]:
+    """The picture that `vlmtune reconstruct` leaves, if it was asked."""
+    if not (run_dir / RECONSTRUCTION).exists():
+        return []
+    return ["## Reconstructions", "", f"![Picture, target, reconstruction]({RECONSTRUCTION.as_posix()})"]
+
+
 # ---------------------------------------------------------------- time
 
 
@@ -286,4 +308,4 @@ def _escape(text: str, most: int = 200) -> str:
     return _MARKDOWN.sub(r"\\\1", html.escape(line, quote=False))
 
 
-__all__ = ["choose", "write_report"]
+__all__ = ["RECONSTRUCTION", "choose", "write_report"]

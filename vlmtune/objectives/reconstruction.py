@@ -175,7 +175,10 @@ def grid_of(per_image: int) -> int:
 
 def denoiser_file(path: Path) -> Path:
     """objective.safetensors of a step folder, or of a run folder's last step; CheckpointError if there is none."""
-    found = [path / "objective.safetensors", *sorted(path.glob("step_*[0-9]/objective.safetensors"), reverse=True)]
+    found = [
+        path / "objective.safetensors",
+        *sorted(path.glob("step_*[0-9]/objective.safetensors"), reverse=True),
+    ]
     for file in found:
         if file.is_file():
             return file
