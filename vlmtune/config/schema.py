@@ -158,13 +158,16 @@ class DataConfig(Section):
 class OptimConfig(Section):
     """AdamW."""
 
+    type: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: bitsandbytes keeps the moments in 8 bits, 2 bytes a weight instead of 8. Runs on a CPU and on
+    GPUs, in one process or under DDP; not where the optimizer itself is sharded."""
     lr: float = Field(gt=0)
     """Peak learning rate of the parts that name none."""
+    objective_lr: float | None = Field(default=None, gt=0)
+    """Peak learning rate of what only training needs (a denoiser); None takes lr."""
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
-    objective_lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of what only training needs (a denoiser); None takes lr."""
     max_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm; 0 leaves them."""
 
@@ -269,3 +272,8 @@ class Recipe(Section):
     run: RunConfig = RunConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     export: ExportConfig = ExportConfig()
+
+    @property
+    def output(self) -> str:
+        """The folder that a run of it writes."""
+        return self.run.dir or f"runs/{self.name}"

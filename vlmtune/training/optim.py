@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from vlmtune.config.schema import OptimConfig, ScheduleConfig
-from vlmtune.config.tuning import Full, TuningConfig
+from vlmtune.config.tuning import PartTuning, Trained, TuningConfig
 from vlmtune.models.tuning import part_of
 
 
 def build_optimizer(
     named_parameters: Iterable[tuple[str, nn.Parameter]], tuning: TuningConfig, config: OptimConfig
-) -> torch.optim.AdamW:
-    """AdamW with one group for each part and decay; vectors (biases, norms) are never decayed.
+) -> torch.optim.Optimizer:
+    """AdamW with one group for each part and decay; vectors (biases, norms, DoRA's magnitudes) are never decayed.
 
-    Parameters outside the model (an objective's own helpers) form the group `objective` at optim.lr.
+    Parameters outside the model (an objective's own helpers) form the group `objective` at optim.objective_lr.
     """
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             part = part_of(name.removeprefix("model.")) if name.startswith("model.") else "objective"
             groups[part, parameter.ndim >= 2].append(parameter)
-    settings = {"vision": tuning.vision, "projector": tuning.projector, "language": tuning.language}
+    settings: Mapping[str, PartTuning] = dict(tuning.parts())
     rows = []
     for (part, decays), parameters in groups.items():
         own = settings.get(part)
-        lr, decay = (own.lr, own.weight_decay) if isinstance(own, Full) else (None, None)
+        lr, decay = (own.lr, own.weight_decay) if isinstance(own, Trained) else (None, None)
+        if part == "objective":
+            lr = config.objective_lr
         peak = config.lr if lr is None else lr
         decay = config.weight_decay if decay is None else decay
         rows.append(
@@ -42,6 +44,10 @@ def build_optimizer(
                 "part": part,
             }
         )
+    if config.type == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(rows, betas=config.betas, eps=config.eps)
     return torch.optim.AdamW(rows, betas=config.betas, eps=config.eps, fused=True)
 
 
