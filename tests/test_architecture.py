@@ -29,6 +29,7 @@ FLOORS: dict[str, set[str]] = {
     "export": _BELOW | {"data", "models"},
     "evaluation": _BELOW | {"data", "models"},
     "synthesis": _BELOW | {"data"},
+    "planning": _BELOW | {"data", "models", "objectives"},
 }
 """The rooms each room may import (section 2 of the design)."""
 ROOF = {

@@ -251,7 +251,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
-def plan(  # noqa: PLR0913  # foreign: typer makes an option of each parameter
+def plan(  # noqa: PLR0913, PLR0917  # foreign: typer makes an option of each parameter
     recipe: RecipePath,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks, one a GPU.")] = 8,

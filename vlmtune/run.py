@@ -161,6 +161,7 @@ def _make_ready(model: VLM, recipe: Recipe, accelerator: Accelerator) -> None:
     """Adapters, device, what is trained, attention and checkpointing, in the order in which they need each other."""
     from vlmtune.models.adapters import adapt
     from vlmtune.models.attention import use_attention
+    from vlmtune.models.kernels import checkpoint_activations
     from vlmtune.models.tuning import apply_tuning, table
     from vlmtune.training.strategies import shards
 
@@ -170,7 +171,7 @@ def _make_ready(model: VLM, recipe: Recipe, accelerator: Accelerator) -> None:
     rows = apply_tuning(model, recipe.tuning)
     attention, why = use_attention(model, recipe.model.attention)
     if recipe.run.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     _announce(accelerator, table(rows), f"attention: {attention} ({why})")
 
 
