@@ -16,6 +16,7 @@ from tests.tiny import template_text, tiny_model
 from vlmtune.config.schema import ModelConfig
 from vlmtune.config.tuning import TuningConfig
 from vlmtune.errors import CheckpointError
+from vlmtune.export.merge import merge_adapters
 from vlmtune.models.adapters import adapt
 from vlmtune.models.build import build_model, load_model, weights_digest
 from vlmtune.models.saving import TRAINED_FILE, saved_names
@@ -202,6 +203,34 @@ def test_the_tower_of_a_model_with_adapters_is_a_plain_tower(tmp_path: Path, bas
     pixels = torch.randn(2, 3, 32, 32)
     ours, theirs = (each.model.vision_tower(pixels).last_hidden_state for each in (grafted, model))
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tuning(projector={"mode": "full"}, language={"mode": "qlora", "rank": 4}),
+        tuning(vision={"mode": "full"}, projector={"mode": "lora", "rank": 2}),
+        tuning(vision={"mode": "dora", "rank": 2}, language={"mode": "full"}),
+    ],
+    ids=["qlora", "tower", "language"],
+)
+def test_what_learns_on_a_bfloat16_base_is_float32(tmp_path: Path, base: Path, config: TuningConfig) -> None:
+    """Adam at 2e-5 cannot move a bfloat16 weight: the projector beside LoRA would never learn."""
+    model, processor = build_model(ModelConfig(checkpoint=str(base), dtype="bfloat16"), 3, VICUNA)
+    adapt(model, config, 3)
+    apply_tuning(model, config)
+    types = {weight.dtype for weight in model.parameters() if weight.requires_grad}
+    assert types == {torch.float32}
+    assert any(weight.dtype == torch.bfloat16 for weight in model.parameters())
+    shake(model)
+    save(model, processor, tmp_path / "model")
+    again, other = load_model(tmp_path / "model")
+    assert_same(again, model)
+    assert distance(answers(again, other), answers(model, processor)) == 0.0
+    report = merge_adapters(tmp_path, tmp_path / "out")
+    assert report.max_abs_diff <= 0.05 * max(float(each.abs().max()) for each in answers(model, processor))
+    stored = load_file(tmp_path / "out" / "model.safetensors").values()
+    assert {weight.dtype for weight in stored} == {torch.bfloat16}
 
 
 # ---------------------------------------------------------------- what is refused

@@ -59,7 +59,7 @@ def export_model(
     (nothing is left of it then, and an earlier export stays), or when `out` holds something else.
     """
     started = time.perf_counter()
-    dtype = dtype or model.dtype
+    dtype = dtype or _own_type(model)
     with new_folder(out) as aside:
         parts, pinned = _write(model, processor, aside, dtype)
         compare_processor(processor, aside, batch)
@@ -80,6 +80,11 @@ def _write(
     _generation_config(model, processor).save_pretrained(folder)
     pinned = write_processor(processor, folder)
     return write_weights(file_tensors(model), folder, dtype), pinned
+
+
+def _own_type(model: VLM) -> torch.dtype:
+    """The model's type; with adapters that of the base, in which all but what learned is kept."""
+    return model.dtype if model.adaptation is None else getattr(torch, model.adaptation.origin.config.dtype)
 
 
 def _adapters(model: VLM) -> dict[str, dict[str, str]]:

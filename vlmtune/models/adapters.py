@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlmtune.config.tuning import Adapters, Dora, Part, Qlora, TuningConfig
+from vlmtune.config.tuning import Adapters, Dora, Full, Part, Qlora, TuningConfig
 from vlmtune.errors import CheckpointError, RecipeError
 from vlmtune.models.origin import Adaptation, origin_digests
-from vlmtune.models.tuning import ADAPTER, PART_PREFIXES, unreached_prefixes
+from vlmtune.models.tuning import ADAPTER, PART_PREFIXES, part_of, unreached_prefixes
 from vlmtune.models.vision import tower_family
 from vlmtune.models.vlm import VLM
 
@@ -52,7 +52,11 @@ def adapt(model: VLM, tuning: TuningConfig, seed: int) -> None:
 
 
 def inject(model: VLM, tuning: TuningConfig, seed: int) -> None:
-    """Changes the model in place: 4-bit layers first where asked for, then the adapters, in float32."""
+    """Changes the model in place: 4-bit layers where asked for, then the adapters; all that learns in float32.
+
+    Adam moves a weight by about its learning rate: 2e-5 is less than half the distance between two bfloat16 numbers
+    around 0.01, so a projector of a bfloat16 model would stand still. What is frozen keeps its type.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for part, mode in tuning.parts().items():
@@ -62,7 +66,18 @@ def inject(model: VLM, tuning: TuningConfig, seed: int) -> None:
                 if isinstance(mode, Qlora):
                     _quantize(module, dict.fromkeys((*_block_layers(model, part), *layers)))
                 _inject_part(module, mode, layers)
+    whole = {part for part, mode in tuning.parts().items() if isinstance(mode, Full)}
+    for name, weight in model.named_parameters():
+        if part_of(name) in whole:
+            weight.data = weight.data.float()
+    part_module(model, "projector").register_forward_pre_hook(_cast_features)
     model.train(model.training)  # new modules start in training mode: dropout would be on
+
+
+def _cast_features(projector: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tower's features in the projector's type; at the other border of parts Llava does it."""
+    dtype = next(projector.parameters()).dtype
+    return tuple(each.to(dtype) for each in inputs)
 
 
 def _inject_part(module: nn.Module, mode: Adapters, layers: Iterable[str]) -> None:
