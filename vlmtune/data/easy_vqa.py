@@ -71,6 +71,14 @@ def facts_of(question: str, answer: str) -> Facts:
     )
 
 
+def presupposed(question: str) -> Facts | None:
+    """Returns what a question takes for granted of its image; None if it has none of the dataset's forms."""
+    if any(pattern.fullmatch(question) for pattern in _PRESENCE):
+        return Facts()
+    match = _COLOR_OF.fullmatch(question) or _SHAPE_OF.fullmatch(question)
+    return None if match is None else _presence(match, present=True)
+
+
 def caption_of(facts: Facts) -> str | None:
     """Returns "a blue circle", "a blue shape" or "a circle": what is proved; None if nothing is."""
     color, shape = _only(facts.colors), _only(facts.shapes)
@@ -184,4 +192,4 @@ def _kind(answer: str) -> str:
     return "shape" if answer in SHAPES else "caption"
 
 
-__all__ = ["EasyVqa", "Facts", "caption_of", "facts_of", "open_easy_vqa"]
+__all__ = ["EasyVqa", "Facts", "caption_of", "facts_of", "open_easy_vqa", "presupposed"]
