@@ -77,9 +77,14 @@ class ModelConfig(Section):
     checkpoint's way, and pads for a model made of parts."""
     template: str = "vicuna_v1"
     """Chat template: a file name in vlmtune/data/chat_templates without .jinja, or a path to a .jinja file."""
+    questioner: Literal["text", "token"] = "text"
+    """What begins a questioner's turn (SQ-LLaVA): the template's words `VUSER:`, or a new token `[vusr]` whose row
+    starts as the mean of all and is trained even where the language model is frozen or has adapters."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights in memory; with run.precision bf16 the safe choice for trained parts is float32."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
     """Attention of the language model; auto: FlashAttention where it is installed and runs, else SDPA."""
     trust_remote_code: bool = False
     """Run code that ships with a checkpoint. Off unless you wrote or read that code."""
@@ -206,6 +211,10 @@ class RunConfig(Section):
     """bf16: autocast to bfloat16, sums and optimizer in the weights' own type."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory for about a third more time."""
+    liger: bool | None = None
+    """Liger's fused kernels of norms, rotary positions, SwiGLU and the loss. None: where Triton runs; true: or stop."""
+    compile: bool = False
+    """torch.compile for each block of the language model: minutes at the start, quicker steps on a GPU."""
     save_every: int = Field(default=500, ge=1)
     """Optimizer steps between checkpoints; the last step is always saved."""
     keep: int = Field(default=2, ge=1)

@@ -28,6 +28,7 @@ from vlmtune.models.processor import (
     statistics_of,
 )
 from vlmtune.models.projectors import import_projector
+from vlmtune.models.questioner import TOKEN, add_token, marked_template, start_as_mean
 from vlmtune.models.tokenizer import train_tokenizer
 from vlmtune.models.towers import config_from, load_tower
 from vlmtune.models.vision import model_projector, resolve_feature_layer, token_counter, tower_family
@@ -55,6 +56,8 @@ def build_model(
 def build_from(origin: Origin, template: str, texts: Texts | None = None) -> tuple[VLM, LlavaProcessor]:
     """As `build_model`, without importing anything that the config names: it may come from a file."""
     config = origin.config
+    if config.questioner == "token":
+        template = marked_template(template)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(origin.seed)
         model, processor = (
@@ -76,6 +79,8 @@ def _from_checkpoint(config: ModelConfig) -> tuple[VLM, LlavaProcessor]:
         statistics = statistics_of(processor.image_processor)
         side = model.config.vision_config.image_size
         processor.image_processor = square_images(config.image_fit, side, statistics)
+    if config.questioner == "token":
+        _mark_questioner(model, processor.tokenizer, fresh=add_token(processor.tokenizer))
     return model, processor
 
 
@@ -86,6 +91,8 @@ def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tupl
         config = config.model_copy(update={"language": config.language.model_copy(update=unpacked_path)})
     dtype = getattr(torch, config.dtype)
     tokenizer = _tokenizer(config, template, texts)
+    if config.questioner == "token":
+        add_token(tokenizer)
     tower = load_tower(config.vision, dtype, config.trust_remote_code)
     feature_layer = resolve_feature_layer(tower.config, config.vision.feature_layer)
     language = _language(config, tokenizer, dtype)
@@ -103,11 +110,22 @@ def _from_parts(config: ModelConfig, template: str, texts: Texts | None) -> tupl
     if config.language.path is not None:
         _check_same_logits(language, model, config.language.path)
         grow_embeddings(model, len(tokenizer))
+    if config.questioner == "token":
+        _mark_questioner(model, tokenizer, fresh=True)
     statistics = pixel_statistics(config.vision)
     images = square_images(config.image_fit or "pad", tower.config.image_size, statistics)
     processor = build_processor(model.config, tokenizer, images, template)
     check_processor(model, processor, "model")
     return model.eval(), processor
+
+
+def _mark_questioner(model: VLM, tokenizer: PreTrainedTokenizerBase, fresh: bool) -> None:
+    """Gives the questioner's token its row, a `fresh` one as the mean of the others, and notes it in the config."""
+    grow_embeddings(model, len(tokenizer))
+    token = tokenizer.convert_tokens_to_ids(TOKEN)
+    if fresh:
+        start_as_mean(model, token)
+    model.config.questioner_token_id = token
 
 
 def assemble(config: VLMConfig, tower: PreTrainedModel, language: PreTrainedModel, dtype: torch.dtype) -> VLM:

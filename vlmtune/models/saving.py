@@ -28,7 +28,8 @@ from vlmtune.models.adapters import inject, merge_in_place
 from vlmtune.models.build import build_from
 from vlmtune.models.checkpoint import ADAPTERS_FILE, load_processor
 from vlmtune.models.origin import Adaptation, origin_digests, origin_json, read_origin
-from vlmtune.models.tuning import is_adapter, part_of
+from vlmtune.models.questioner import EMBEDDINGS
+from vlmtune.models.tuning import is_adapter, part_of, trains_row
 from vlmtune.models.vlm import VLM
 
 _log = logging.getLogger(__name__)
@@ -39,14 +40,20 @@ TRAINED_FILE = "trained.safetensors"
 def saved_names(model: VLM) -> tuple[str, ...]:
     """The keys of `model.state_dict()` that a checkpoint must hold; all of them for a model without adapters.
 
-    With adapters: every adapter, and every tensor of a part that is trained whole, reached by a gradient or not.
+    With adapters: every adapter, and every tensor of a part that is trained whole, reached by a gradient or not;
+    the embeddings if one row of them is trained.
     """
     names = model.state_dict().keys()
     if model.adaptation is None:
         return tuple(names)
     whole = {part for part, mode in model.adaptation.tuning.parts().items() if isinstance(mode, Full)}
     twice = {"lm_head.weight"} if model.config.text_config.tie_word_embeddings else set()
-    return tuple(name for name in names if is_adapter(name) or (part_of(name) in whole and name not in twice))
+    alone = {EMBEDDINGS} if trains_row(model, model.adaptation.tuning) else set()
+    return tuple(
+        name
+        for name in names
+        if is_adapter(name) or name in alone or (part_of(name) in whole and name not in twice)
+    )
 
 
 def save_model(model: VLM, processor: LlavaProcessor, folder: Path, state: Mapping[str, Tensor]) -> None:

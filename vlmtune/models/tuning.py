@@ -10,7 +10,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from vlmtune.config.tuning import Adapters, Frozen, Full, Part, PartTuning, Trained, TuningConfig
 from vlmtune.models.projectors import projector_class
+from vlmtune.models.questioner import train_row
 from vlmtune.models.vision import projector_config, tower_family
+from vlmtune.models.vlm import VLMConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,9 +70,18 @@ def apply_tuning(model: LlavaForConditionalGeneration, tuning: TuningConfig) -> 
         unreachable[part] += weight.numel() if chosen and not reached else 0
     for part, mode in modes.items():
         assert isinstance(mode, Full | Frozen) or _has_adapters(model, part), f"{part}: adapt the model first"
+    if trains_row(model, tuning):
+        train_row(model, model.config.questioner_token_id)
+        trainable["language"] += model.config.get_text_config().hidden_size
     return tuple(
         _row(part, mode, total[part], trainable[part], unreachable[part]) for part, mode in modes.items()
     )
+
+
+def trains_row(model: LlavaForConditionalGeneration, tuning: TuningConfig) -> bool:
+    """Whether one row of the embeddings is trained by itself: the questioner's token, in a part that is not."""
+    marked = isinstance(model.config, VLMConfig) and model.config.questioner_token_id is not None
+    return marked and not isinstance(tuning.language, Full)
 
 
 def is_adapter(name: str) -> bool:

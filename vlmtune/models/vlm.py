@@ -26,6 +26,7 @@ class VLMConfig(LlavaConfig):
     model_type = "vlmtune"
 
     projector: dict[str, Any] | None = None
+    questioner_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:  # foreign: transformers' dataclass configs
         if self.projector is None:
@@ -48,6 +49,8 @@ class VLM(LlavaForConditionalGeneration):
         """What it was built from; None for a model that was opened or made otherwise."""
         self.adaptation: Adaptation | None = None
         """The adapters it carries."""
+        self.fused_loss = False
+        """Whether Liger's kernel computes the loss at the head."""
 
 
 AutoConfig.register(VLMConfig.model_type, VLMConfig)
