@@ -152,3 +152,6 @@ def test_a_teacher_gives_a_feature_of_unit_variance_for_each_token(tower, grid, 
 def test_pixels_need_nothing_but_the_grid():
     target = build_target(PixelsTargetConfig(type="pixels"), CLIP, 4, 32)
     assert isinstance(target, PixelsTarget) and target.patch == 8
+    small = build_target(PixelsTargetConfig(type="pixels", side=18), CLIP, 4, 32)
+    assert small.channels == 3 * 4**2
+    assert small.encode(torch.zeros(1, 3, 32, 32), torch.zeros(1)).shape == (1, 16, 48)

@@ -40,7 +40,7 @@ class VaeRecipe(Section):
     """Pictures per step."""
     steps: int = Field(ge=1)
     lr: float = Field(gt=0)
-    """Peak learning rate of AdamW; it falls to 0 along a cosine."""
+    """Peak learning rate of AdamW; it rises over the first 5 % of the steps and falls to 0 along a cosine."""
     seed: int = Field(default=0, ge=0)
     """Of the first weights, the order of pictures and the posterior's draws."""
 

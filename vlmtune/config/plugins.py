@@ -126,6 +126,8 @@ class PixelsTargetConfig(Section):
     """The picture as the tower saw it, a square of pixels a token (the paper's Ross^R-Pixel)."""
 
     type: Literal["pixels"]
+    side: int | None = Field(default=None, ge=1)
+    """Side in pixels that the picture is resized to, rounded down to a multiple of the token grid; None: the tower's."""
 
 
 class VaeTargetConfig(Section):

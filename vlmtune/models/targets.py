@@ -91,9 +91,9 @@ class Target(ABC):
 class PixelsTarget(Target):
     """The picture itself: a token is its square of pixels."""
 
-    def __init__(self, normalisation: Normalisation, grid: int, image_size: int) -> None:
+    def __init__(self, normalisation: Normalisation, grid: int, side: int) -> None:
         super().__init__(normalisation, grid)
-        self.patch = image_size // grid
+        self.patch = side // grid
         self.channels = 3 * self.patch**2
 
     @torch.no_grad()
@@ -179,7 +179,7 @@ def build_target(
 ) -> Target:
     """The recipe's target for a token grid of side `grid` and a tower that sees `image_size` pixels."""
     if isinstance(config, PixelsTargetConfig):
-        return PixelsTarget(normalisation, grid, image_size)
+        return PixelsTarget(normalisation, grid, config.side or image_size)
     if isinstance(config, VaeTargetConfig):
         return VaeTarget(normalisation, grid, load_vae(config.path))
     vision = VisionConfig(path=config.path)
