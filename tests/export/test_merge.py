@@ -59,7 +59,10 @@ def test_the_merged_folder_is_the_model_with_its_adapters(
 def test_the_manifest_and_the_card_say_what_was_merged(tmp_path: Path) -> None:
     config = tuning(vision={"mode": "lora", "rank": 2}, language={"mode": "qlora", "rank": 4, "alpha": 6})
     step(tmp_path / "step", config)
-    report = merge_adapters(tmp_path / "step", tmp_path / "out", facts={"mixes": ["toy"]})
+    report = merge_adapters(tmp_path / "step", tmp_path / "out", "bfloat16", {"mixes": ["toy"]})
+    assert report.max_abs_diff > 1e-4  # what bfloat16 costs
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     said = {
         "vision": "Lora of rank 2, alpha 4",
@@ -84,14 +87,6 @@ def test_qlora_is_merged_into_the_weights_it_was_trained_on(tmp_path: Path) -> N
     found = found["language_model.model.layers.0.self_attn.v_proj.weight"]
     torch.testing.assert_close(found, four_bits + update)
     torch.testing.assert_close(found, merged_weight(layer))
-
-
-def test_bfloat16_is_allowed_what_bfloat16_costs(tmp_path: Path) -> None:
-    step(tmp_path / "step", tuning(language={"mode": "lora", "rank": 4}))
-    report = merge_adapters(tmp_path / "step", tmp_path / "out", "bfloat16")
-    assert report.max_abs_diff > 1e-4
-    weights = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
 
 
 def test_a_step_folder_with_adapters_opens_for_questions(tmp_path: Path) -> None:

@@ -264,6 +264,14 @@ def test_evaluating_does_not_repack_four_bit_weights() -> None:
     assert distance(answers(model, processor), first) == 0.0
 
 
+def test_without_bitsandbytes_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmtune.models.adapters.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r'qlora needs bitsandbytes.*pip install "vlmtune\[quant\]"'):
+        adapted(tuning(language={"mode": "qlora"}))
+    with pytest.raises(RecipeError, match="adamw_8bit needs bitsandbytes"):
+        build_optimizer([], tuning(), OptimConfig(type="adamw_8bit", lr=1.0))
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -276,8 +284,8 @@ def test_the_loss_falls_and_only_what_is_tuned_moves(mode: str) -> None:
     )
     model, _ = adapted(config)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    losses = trained(model, config, 8)
-    assert losses[-1] < 0.95 * losses[0]
+    losses = trained(model, config, 6)
+    assert losses[-1] < 0.96 * losses[0]
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert moved == {name for name, weight in model.named_parameters() if weight.requires_grad}
 
@@ -346,9 +354,8 @@ def test_every_trained_tensor_is_in_one_group_at_its_parts_rate() -> None:
 def test_eight_bit_adam_learns_with_a_quarter_of_the_memory() -> None:
     config = tuning(language={"mode": "full"})
     full, small = (adapted(config)[0] for _ in range(2))
-    assert trained(small, config, 8, "adamw_8bit")[-1] == pytest.approx(
-        trained(full, config, 8)[-1], rel=0.05
-    )
+    found, expected = trained(small, config, 4, "adamw_8bit"), trained(full, config, 4)
+    assert found[-1] < 0.9 * found[0] and found[-1] == pytest.approx(expected[-1], rel=0.05)
     objective = next_token(small)
     optimizer = build_optimizer(
         objective.named_parameters(), config, OptimConfig.model_validate({"type": "adamw_8bit", "lr": 1e-3})

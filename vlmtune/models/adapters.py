@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -172,6 +173,7 @@ def _nearest(pattern: str, linear: list[str]) -> str:
 
 def _quantize(module: nn.Module, layers: Iterable[str]) -> None:
     """Replaces linear layers by NF4 ones with double quantisation, on the accelerator if there is one."""
+    demand_bitsandbytes("tuning mode qlora")
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -195,6 +197,12 @@ def _quantize(module: nn.Module, layers: Iterable[str]) -> None:
         new.support_avx512bf16_for_cpu = False
         module.set_submodule(path, new)
     module.is_loaded_in_4bit = True  # foreign: peft looks for it
+
+
+def demand_bitsandbytes(who: str) -> None:
+    """Raises RecipeError when the library is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise RecipeError(f"{who} needs bitsandbytes", "", 'Install it: pip install "vlmtune[quant]".')
 
 
 def _is_quantized(layer: Any) -> bool:

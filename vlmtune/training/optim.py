@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from vlmtune.config.schema import OptimConfig, ScheduleConfig
-from vlmtune.config.tuning import PartTuning, Trained, TuningConfig
+from vlmtune.config.tuning import Full, PartTuning, Trained, TuningConfig
+from vlmtune.models.adapters import demand_bitsandbytes
+from vlmtune.models.questioner import EMBEDDINGS
 from vlmtune.models.tuning import part_of
 
 
@@ -20,13 +22,15 @@ def build_optimizer(
     """AdamW with one group for each part and decay; vectors (biases, norms, DoRA's magnitudes) are never decayed.
 
     Parameters outside the model (an objective's own helpers) form the group `objective` at optim.objective_lr.
+    Embeddings of which one row is trained are not decayed: the other rows would shrink.
     """
+    settings: Mapping[str, PartTuning] = dict(tuning.parts())
     groups: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             part = part_of(name.removeprefix("model.")) if name.startswith("model.") else "objective"
-            groups[part, parameter.ndim >= 2].append(parameter)
-    settings: Mapping[str, PartTuning] = dict(tuning.parts())
+            alone = name.endswith(EMBEDDINGS) and not isinstance(settings.get(part), Full)
+            groups[part, parameter.ndim >= 2 and not alone].append(parameter)
     rows = []
     for (part, decays), parameters in groups.items():
         own = settings.get(part)
@@ -45,6 +49,7 @@ def build_optimizer(
             }
         )
     if config.type == "adamw_8bit":
+        demand_bitsandbytes("optim.type adamw_8bit")
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(rows, betas=config.betas, eps=config.eps)
