@@ -161,7 +161,8 @@ def _make_ready(model: VLM, recipe: Recipe, accelerator: Accelerator) -> None:
     """Adapters, device, what is trained, attention and checkpointing, in the order in which they need each other."""
     from vlmtune.models.adapters import adapt
     from vlmtune.models.attention import use_attention
-    from vlmtune.models.kernels import checkpoint_activations
+    from vlmtune.models.isolation import prove_isolation
+    from vlmtune.models.kernels import compile_blocks, use_kernels
     from vlmtune.models.tuning import apply_tuning, table
     from vlmtune.training.strategies import shards
 
@@ -170,9 +171,12 @@ def _make_ready(model: VLM, recipe: Recipe, accelerator: Accelerator) -> None:
         model.to(accelerator.device)
     rows = apply_tuning(model, recipe.tuning)
     attention, why = use_attention(model, recipe.model.attention)
-    if recipe.run.activation_checkpointing:
-        checkpoint_activations(model)
-    _announce(accelerator, table(rows), f"attention: {attention} ({why})")
+    kernels = use_kernels(model, recipe.run)
+    if recipe.data.chat is not None and recipe.data.chat.packing == "isolated":
+        prove_isolation(model, accelerator.device, recipe.run.precision == "bf16")
+    if recipe.run.compile:
+        compile_blocks(model)
+    _announce(accelerator, table(rows), f"attention: {attention} ({why}); {kernels}")
 
 
 def _quarantine(stage: _Stage, data: ChatData, accelerator: Accelerator) -> Quarantine:

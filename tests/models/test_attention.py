@@ -7,10 +7,11 @@ import time
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.tiny import tiny_model
 from vlmtune.errors import RecipeError
-from vlmtune.models.attention import use_attention
+from vlmtune.models.attention import NAMES, obstacle, use_attention
 from vlmtune.models.vlm import VLM, VLMConfig
 
 LENGTHS = (40, 7, 51, 1, 19)
@@ -183,17 +184,44 @@ def test_packed_rows_under_autocast(choice: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_flash_attention_says_why_it_is_off() -> None:
+def test_each_attention_that_cannot_train_here_says_why() -> None:
     model, _ = tiny_model()
     assert use_attention(model, "auto") == ("sdpa", "no CUDA device")
-    with pytest.raises(RecipeError, match="no CUDA device"):
-        use_attention(model, "flash_attention_2")
+    reasons = {
+        "flash_attention_2": r"no CUDA device.*vlmtune\[flash\]",
+        "flash_attention_3": "no CUDA device.*hopper",
+        "flex_attention": "no CUDA device; it has no backward pass on a CPU",
+    }
+    for choice, reason in reasons.items():
+        with pytest.raises(RecipeError, match=f"model.attention: {choice} cannot run: {reason}"):
+            use_attention(model, choice)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_blocks_of_samples_are_the_loop_over_samples(window: int | None) -> None:
+    """FlexAttention computes forward on a CPU, so its mask is tested here."""
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, sum(LENGTHS), 16, generator=draw)
+    key, value = (torch.randn(1, 2, sum(LENGTHS), 16, generator=draw) for _ in range(2))
+    module = tiny_model()[0].model.language_model.layers[0].self_attn
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0, dtype=torch.int32)
+    given = {"cu_seqlens": ends, "max_seqlen": max(LENGTHS), "scaling": 0.25, "sliding_window": window}
+    with torch.no_grad():
+        expected, found = (
+            ALL_ATTENTION_FUNCTIONS[NAMES[name]](module, query, key, value, None, **given)[0]
+            for name in ("sdpa", "flex_attention")
+        )
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.gpu
 @pytest.mark.flash
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_varlen_kernel_equals_the_loop() -> None:
+@pytest.mark.parametrize("choice", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_kernels_for_packed_rows_equal_the_loop(choice: str) -> None:
+    if why := obstacle(choice):
+        pytest.skip(why)
     model, _ = tiny_model()
     model.to("cuda", torch.bfloat16)
     rows, pixels = make_rows(model)
@@ -201,7 +229,7 @@ def test_varlen_kernel_equals_the_loop() -> None:
     inputs["cu_seqlens"] = inputs["cu_seqlens"].cuda()
     use_attention(model, "sdpa")
     expected = model(**inputs).logits
-    use_attention(model, "flash_attention_2")
+    use_attention(model, choice)
     torch.testing.assert_close(model(**inputs).logits, expected, atol=2e-2, rtol=2e-2)
 
 

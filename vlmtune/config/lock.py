@@ -16,7 +16,10 @@ from vlmtune.config.schema import Recipe
 from vlmtune.config.tree import Loader
 
 _NO_WEIGHTS: dict[str, Any] = {
-    "run": {"dir", "keep", "log_every", "log_samples", "save_every", "trackers", "probe"},
+    "run": {
+        *("dir", "keep", "log_every", "log_samples", "save_every", "trackers", "probe"),
+        *("liger", "compile"),  # the same mathematics
+    },
     **dict.fromkeys(("name", "paper", "reason", "evaluation", "export"), True),
 }
 """Keys that leave a stage's weights as they are (of evaluation, the held-out split counts: see stage_key)."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -29,20 +30,27 @@ from transformers.masking_utils import (
 
 from vlmtune.errors import RecipeError
 
-Choice = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Choice = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 # transformers takes every name with "flash" in it for its own kernels, hence `varlen`.
 NAMES = {
     "sdpa": "vlmtune_packed",
     "eager": "vlmtune_packed_eager",
     "flash_attention_2": "vlmtune_packed_varlen",
+    "flash_attention_3": "vlmtune_packed_varlen_hopper",
+    "flex_attention": "vlmtune_packed_blocks",
+}
+REMEDIES = {
+    "flash_attention_2": "Choose auto or sdpa, or install the extra: pip install 'vlmtune[flash]'.",
+    "flash_attention_3": "Choose auto or sdpa, or build flash-attention's `hopper` folder (flash_attn_interface).",
+    "flex_attention": "Choose auto or sdpa.",
 }
 
 
 def use_attention(model: LlavaForConditionalGeneration, choice: Choice) -> tuple[str, str]:
     """The implementation now in force in the language model, and why; the vision tower keeps its own.
 
-    Raises RecipeError when FlashAttention is asked for by name and cannot run. Nothing of it reaches a saved
+    Raises RecipeError when one is asked for by name that cannot run. Nothing of it reaches a saved
     config.json: it is a property of the machine, not of the weights.
     """
     chosen, reason = choose_attention(choice)
@@ -52,27 +60,34 @@ def use_attention(model: LlavaForConditionalGeneration, choice: Choice) -> tuple
 
 def choose_attention(choice: Choice) -> tuple[str, str]:
     """The implementation that `choice` means on this machine, and why; raises RecipeError as `use_attention`."""
-    obstacle = _flash_obstacle()
-    if choice == "flash_attention_2" and obstacle:
-        raise RecipeError(
-            f"FlashAttention cannot run: {obstacle}",
-            where="model.attention",
-            remedy="Choose auto or sdpa, or install the extra: pip install 'vlmtune[flash]'.",
-        )
     if choice != "auto":
+        if why := obstacle(choice):
+            raise RecipeError(f"{choice} cannot run: {why}", "model.attention", REMEDIES[choice])
         return choice, "asked for"
-    return ("sdpa", obstacle) if obstacle else ("flash_attention_2", "installed, on CUDA")
+    for name in ("flash_attention_3", "flash_attention_2"):
+        if not obstacle(name):
+            return name, "installed, and the GPU runs it"
+    return "sdpa", obstacle("flash_attention_2")
 
 
-def _flash_obstacle() -> str:
-    """Why FlashAttention's varlen kernel cannot run here; empty when it can."""
+def obstacle(name: str) -> str:
+    """Why an implementation cannot train here; empty when it can."""
+    if name not in REMEDIES:
+        return ""
     if not torch.cuda.is_available():
-        return "no CUDA device"
-    if torch.cuda.get_device_capability() < (8, 0):
+        return "no CUDA device" + ("; it has no backward pass on a CPU" if name == "flex_attention" else "")
+    capability = torch.cuda.get_device_capability()
+    if name == "flash_attention_3":
+        missing = "flash_attn_interface is not installed" if not _installed("flash_attn_interface") else ""
+        return missing if capability[0] == 9 else "the GPU is not a Hopper"
+    if name == "flash_attention_2" and capability < (8, 0):
         return "the GPU is older than Ampere"
-    if importlib.util.find_spec("flash_attn") is None:
-        return "flash_attn is not installed"
-    return ""
+    needed = "flash_attn" if name == "flash_attention_2" else "triton"
+    return "" if _installed(needed) else f"{needed} is not installed"
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 # ---------------------------------------------------------------- masks
@@ -186,6 +201,85 @@ def _packed_varlen(
     return output.unsqueeze(0), None
 
 
+def _packed_varlen_hopper(
+    module: nn.Module,
+    query: Float[Tensor, "b h t c"],
+    key: Float[Tensor, "b k u c"],
+    value: Float[Tensor, "b k u c"],
+    attention_mask: Tensor | None,
+    cu_seqlens: Int[Tensor, " s1"] | None = None,
+    max_seqlen: int | None = None,
+    **rest: Any,
+) -> tuple[Float[Tensor, "b t h c"], Tensor | None]:
+    """FlashAttention 3, which knows no dropout; else as `_packed_varlen`."""
+    half = _half_precision(value)
+    if cu_seqlens is None or half is None or rest.get("dropout"):
+        return _packed_sdpa(module, query, key, value, attention_mask, cu_seqlens, max_seqlen, **rest)
+    from flash_attn_interface import flash_attn_varlen_func
+
+    window = rest.get("sliding_window")
+    output = flash_attn_varlen_func(
+        *(states[0].transpose(0, 1).to(half) for states in (query, key, value)),
+        cu_seqlens,
+        cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=rest.get("scaling"),
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=rest.get("softcap") or 0.0,
+    )
+    # Releases differ in whether the sums of the rows come along.
+    return (output[0] if isinstance(output, tuple) else output).unsqueeze(0), None
+
+
+def _packed_blocks(
+    module: nn.Module,
+    query: Float[Tensor, "b h t c"],
+    key: Float[Tensor, "b k u c"],
+    value: Float[Tensor, "b k u c"],
+    attention_mask: Tensor | None,
+    cu_seqlens: Int[Tensor, " s1"] | None = None,
+    max_seqlen: int | None = None,
+    **rest: Any,
+) -> tuple[Float[Tensor, "b t h c"], Tensor | None]:
+    """FlexAttention over the blocks of scores that belong to one sample; padded rows as `_packed_sdpa`."""
+    if cu_seqlens is None or rest.get("dropout") or rest.get("softcap"):
+        return _packed_sdpa(module, query, key, value, attention_mask, cu_seqlens, max_seqlen, **rest)
+    blocks = _sample_blocks(cu_seqlens, query.shape[2], rest.get("sliding_window"))
+    shared = query.shape[1] != key.shape[1]
+    key, value = key.to(query.dtype), value.to(query.dtype)
+    output = _flex(query.device.type)(
+        query, key, value, block_mask=blocks, scale=rest.get("scaling"), enable_gqa=shared
+    )
+    return output.transpose(1, 2), None
+
+
+@cache
+def _flex(device: str) -> Callable[..., Tensor]:
+    """Compiled where it is meant to run: uncompiled it builds the whole square of scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return flex_attention if device == "cpu" else torch.compile(flex_attention, dynamic=True)
+
+
+@lru_cache(maxsize=2)
+def _sample_blocks(cu_seqlens: Int[Tensor, " s1"], length: int, window: int | None) -> Any:
+    """The blocks of a row, made once for all layers: they pass the same `cu_seqlens`."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    places = torch.arange(length, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
+    sample, near = torch.searchsorted(cu_seqlens, places, right=True), length if window is None else window
+    return create_block_mask(
+        lambda row, head, query, key: (query >= key) & (query - key < near) & (sample[query] == sample[key]),
+        B=None,
+        H=None,
+        Q_LEN=length,
+        KV_LEN=length,
+        device=cu_seqlens.device,
+    )
+
+
 def _per_segment(
     attend: Callable[..., tuple[Tensor, Tensor | None]],
     build_mask: Callable[..., Tensor | None],
@@ -234,6 +328,8 @@ for _choice, _attend, _mask in (
     ("sdpa", _packed_sdpa, _packed_mask),
     ("eager", _packed_eager, _packed_eager_mask),
     ("flash_attention_2", _packed_varlen, _packed_mask),
+    ("flash_attention_3", _packed_varlen_hopper, _packed_mask),
+    ("flex_attention", _packed_blocks, _packed_mask),
 ):
     AttentionInterface.register(NAMES[_choice], _attend)
     AttentionMaskInterface.register(NAMES[_choice], _mask)

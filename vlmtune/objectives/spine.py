@@ -10,7 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmtune.objectives.functional import linear_cross_entropy, next_token_targets
+from vlmtune.objectives.functional import (
+    fused_linear_cross_entropy,
+    linear_cross_entropy,
+    next_token_targets,
+)
 from vlmtune.types import IGNORE, ChatBatch
 
 
@@ -57,6 +61,8 @@ def token_loss(
     head = model.lm_head
 
     def loss(states: Float[Tensor, "s d"]) -> Float[Tensor, ""]:
+        if model.fused_loss:
+            return fused_linear_cross_entropy(states, head.weight, targets, head.bias)
         return linear_cross_entropy(states, head.weight, targets, chunk, head.bias)
 
     return _in_place_of_forward(head, loss, states)
