@@ -51,6 +51,8 @@ class Estimate:
     worst: Micro
     operations: Mapping[str, Pass]
     """Of all ranks in a step, on average, by part."""
+    learns: bool
+    """False when bfloat16 weights are trained without float32 masters: small steps are rounded away."""
     seconds: float
     """Of a step, by the stated MFU."""
     waiting: float
@@ -150,6 +152,11 @@ class Draft:
             found[weight.part] += self.setting.held(weight)
         return found
 
+    @property
+    def learns(self) -> bool:
+        """Whether the optimizer's steps are large enough for the weights' type."""
+        return self.setting.learns(self.skeleton.weights)
+
     @cached_property
     def buffers(self) -> int:
         """Bytes on their way between ranks."""
@@ -224,6 +231,7 @@ class Draft:
             footprint,
             self.worst,
             self.operations,
+            self.learns,
             self.seconds,
             self.waiting,
         )

@@ -83,7 +83,9 @@ def _plan(
     others = compare(source, estimator)
     own = [each for _, each in others if each.recipe == recipe]
     if strategy is None:
-        estimate = next((each for each in own if each.fits), min(own, key=lambda each: each.total))
+        estimate = next(
+            (each for each in own if each.fits and each.learns), min(own, key=lambda each: each.total)
+        )
     else:
         estimate = next(each for each in own if each.setting.strategy == strategy)
     schedule = estimator.schedule(recipe)

@@ -30,6 +30,11 @@ def _parts(plan: Plan) -> Iterator[Table | str]:
     estimate = plan.estimate
     yield _memory(estimate)
     yield _verdict(estimate)
+    if not estimate.learns:
+        yield (
+            f"{estimate.setting.strategy.name} trains bfloat16 weights without float32 masters: small steps are rounded"
+            " away. Use zero1, zero2 or zero3, or model.dtype=float32"
+        )
     yield f"samples: {plan.lengths.total:,}; {plan.lengths.origin}"
     yield _ranks(plan)
     yield _evenness(plan)

@@ -63,7 +63,8 @@ def compare(source: Source, estimator: Estimator) -> list[tuple[str, Estimate]]:
 def cheapest(source: Source, estimator: Estimator) -> Found | None:
     """The setting that fits and takes least time for a step; one that trains the same weights before any other.
 
-    None when nothing fits. Activations are measured from the fastest on, until one fits.
+    None when nothing fits. Trained weights that are bfloat16 without float32 masters are no setting to advise.
+    Activations are measured from the fastest on, until one fits.
     """
     for tuning in _tunings(source.read()):
         drafts = [
@@ -74,7 +75,7 @@ def cheapest(source: Source, estimator: Estimator) -> Found | None:
         ]
         drafts.sort(key=lambda each: _preference(*each))
         for overrides, strategy, draft in drafts:
-            if draft.least > draft.machine.memory:
+            if draft.least > draft.machine.memory or not draft.learns:
                 continue
             estimate = estimator.estimate(draft.recipe, strategy)
             if estimate.fits:

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vlmtune.config.tuning import Lora, Part, Qlora, TuningConfig
+from vlmtune.config.tuning import Adapters, Lora, Part, Qlora, TuningConfig
 from vlmtune.models.adapters import inject, target_layers
 from vlmtune.models.tuning import PART_PREFIXES, apply_tuning, part_of
 from vlmtune.models.vlm import VLM, VLMConfig
@@ -79,7 +79,8 @@ def meta_model(config: VLMConfig, tuning: TuningConfig, dtype: torch.dtype, roun
     with torch.device("meta"):
         model = VLM(config)
     _cast(model, dtype)
-    inject(model, tuning, seed=0)
+    if any(isinstance(mode, Adapters) for mode in tuning.parts().values()):
+        inject(model, tuning, seed=0)
     apply_tuning(model, tuning)
     if rounded:
         _cast(model, torch.bfloat16)

@@ -116,6 +116,10 @@ class Setting:
             return self._units(weights)
         return trained  # DDP's buckets hold every gradient once more
 
+    def learns(self, weights: Iterable[Weight]) -> bool:
+        """Whether Adam's small steps reach the weights: in bfloat16 alone most are rounded away."""
+        return self.strategy.zero or all(weight.itemsize > 2 for weight in weights if weight.trained)
+
     def traffic(self, weights: Sequence[Weight], micro_batches: float) -> tuple[float, float]:
         """Bytes that a rank sends and receives in one step: between ranks, and to the host."""
         trained = sum(weight.numel * self._size(weight) for weight in weights if weight.trained)
