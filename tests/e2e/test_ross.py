@@ -18,6 +18,7 @@ from tests.vaes import tiny_vae_folder
 from vlmtune.cli import app
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import CheckpointError
+from vlmtune.evaluation.report import write_report
 from vlmtune.export.probe import probe_batch
 from vlmtune.models.build import load_model
 from vlmtune.provenance import base_hashes
@@ -112,7 +113,18 @@ def test_the_export_is_a_stock_llava_with_the_training_models_logits(done):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-def test_the_report_shows_the_terms_and_the_pictures_painted(done, tmp_path):
+def test_the_loss_curve_has_both_terms(done, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("vlmtune.evaluation.report.draw_losses", lambda path, curves: drawn.extend(curves))
+    write_report(done)
+    assert [curve.stage for curve in drawn] == ["align", "tune"]
+    for curve in drawn:
+        assert curve.terms.keys() == {"next_token", "reconstruction"}
+        sums = [sum(loss for _, loss in points) for points in zip(*curve.terms.values(), strict=True)]
+        assert sums == pytest.approx([loss for _, loss in curve.train])
+
+
+def test_the_report_shows_the_pictures_painted(done, tmp_path):
     picture = tmp_path / "red.png"
     Image.new("RGB", (50, 40), "red").save(picture)
     result = CliRunner().invoke(

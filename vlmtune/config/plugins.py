@@ -127,7 +127,7 @@ class PixelsTargetConfig(Section):
 
     type: Literal["pixels"]
     side: int | None = Field(default=None, ge=1)
-    """Side in pixels that the picture is resized to, rounded down to a multiple of the token grid; None: the tower's."""
+    """Pixels that the picture is resized to, rounded down to a multiple of the token grid; None: the tower's."""
 
 
 class VaeTargetConfig(Section):
