@@ -28,6 +28,10 @@ from vlmtune.training import engine
 from vlmtune.training.strategies import Parallel
 
 KILLED_AFTER = 7
+ADAPTED = (
+    "export.enabled=false",
+    "tuning={vision: {mode: frozen}, projector: {mode: full}, language: {mode: lora, rank: 4, dropout: 0.0}}",
+)
 
 
 def main() -> None:
@@ -44,6 +48,7 @@ def main() -> None:
     train(folder, "own")
     train(folder, "single", "export.enabled=false")
     train(folder, "half", "export.enabled=false", "run.precision=bf16")
+    train(folder, "adapted", *ADAPTED)
     report(seen)
 
 
