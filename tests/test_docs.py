@@ -99,7 +99,11 @@ def examples() -> list[dict]:
 def test_the_readme_tuning_is_a_valid_one():
     (tuning,) = (each["tuning"] for each in examples() if "tuning" in each)
     parts = TuningConfig.model_validate(tuning)
-    assert [part.mode for part in (parts.vision, parts.projector, parts.language)] == ["lora", "full", "qlora"]
+    assert [part.mode for part in (parts.vision, parts.projector, parts.language)] == [
+        "lora",
+        "full",
+        "qlora",
+    ]
 
 
 def test_the_readme_mix_and_record_are_read(tmp_path, monkeypatch):

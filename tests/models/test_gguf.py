@@ -59,11 +59,9 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     for name, weight in model.state_dict().items():
-        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for part, count in heads.items():
-            if part in name:
-                weight = interleaved(weight, count)
-        writer.add_tensor(gguf_name(name), weight.numpy())
+        counts = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        heads = next((count for part, count in counts.items() if part in name), None)
+        writer.add_tensor(gguf_name(name), (interleaved(weight, heads) if heads else weight).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -76,7 +76,9 @@ def test_only_its_own_row_is_trained(language: dict[str, Any]):
 def test_a_language_model_trained_in_full_trains_all_rows():
     model, processor = made()
     before = stepped(model, processor, tuning(language={"mode": "full"}))
-    assert (model.get_input_embeddings().weight != before).any(dim=1)[1:].all()  # row 0 is padding: always zero
+    assert (
+        (model.get_input_embeddings().weight != before).any(dim=1)[1:].all()
+    )  # row 0 is padding: always zero
 
 
 def test_tied_embeddings_are_refused_where_one_row_would_learn():
