@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,14 +58,24 @@ def _base_hash(path: str, revision: str) -> str:
 
 def write_lock(folder: Path, recipes: Sequence[Recipe], bases: dict[str, str]) -> None:
     """Writes recipe.lock.yaml: the resolved recipe, versions, and the hashes of mixes and base weights."""
+    if not first_rank():
+        return
     paths = dict.fromkeys(recipe.data.chat.mix for recipe in recipes if recipe.data.chat)
     mixes = {f"mix {path}": mix_hash(Path(path)) for path in paths}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.lock.yaml").write_text(lock_text(recipes, versions(), bases | mixes))
 
 
+def first_rank() -> bool:
+    """Whether this process writes what is written once; launchers say so before anything is set up."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 class Clock:
-    """Keeps the seconds of each phase in phases.json; a phase that goes on after a resume adds up."""
+    """Keeps the seconds of each phase in phases.json; a phase that goes on after a resume adds up.
+
+    Only the first rank writes: the sum over ranks is no time that anyone waited.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -80,11 +91,15 @@ class Clock:
         try:
             yield
         finally:
-            seconds = self._read()
-            seconds[name] = round(seconds.get(name, 0.0) + time.monotonic() - began, 2)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            rows = [{"phase": phase, "seconds": value} for phase, value in seconds.items()]
-            self.path.write_text(json.dumps(rows, indent=1))
+            if first_rank():
+                self._add(name, time.monotonic() - began)
+
+    def _add(self, name: str, elapsed: float) -> None:
+        seconds = self._read()
+        seconds[name] = round(seconds.get(name, 0.0) + elapsed, 2)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"phase": phase, "seconds": value} for phase, value in seconds.items()]
+        self.path.write_text(json.dumps(rows, indent=1))
 
     def training(self) -> float:
         """Seconds of all training phases, model building and indexing included."""
