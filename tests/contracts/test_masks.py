@@ -18,7 +18,7 @@ from vlmtune.types import IGNORE, Size
 ROOT = Path(__file__).parents[2]
 MIXES = sorted((ROOT / "data_mixes").glob("*.yaml"))
 NAMES = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
-ABSENT = {"llava_665k", "llava_pretrain_558k"}
+ABSENT = {"cambrian_737k", "llava_665k", "llava_pretrain_558k"}
 """Mixes whose data nobody ships; a file of LLaVA's form stands in for them."""
 
 
