@@ -18,7 +18,7 @@ from vlmtune.config.lock import stage_key
 from vlmtune.config.plugins import ObjectiveConfig, ReconstructionConfig
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import CheckpointError, DataError, Fault, RecipeError
-from vlmtune.provenance import Clock, base_hashes, base_paths, versions, write_lock
+from vlmtune.provenance import Clock, base_hashes, base_paths, first_rank, versions, write_lock
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,7 +44,9 @@ class RunReport:
     scores: Scores | None
 
     def lines(self) -> list[str]:
-        """What to print at the end."""
+        """What to print at the end; nothing on other ranks than the first."""
+        if not first_rank():
+            return []
         if self.interrupted:
             return [f"stopped and saved in {self.folder}; the same command resumes"]
         found = [("export", "export"), ("report", "report.md"), ("scores", "metrics.json")]
