@@ -6,6 +6,7 @@ parameter name, one at a time: a checkpoint knows nothing of the strategy or the
 
 from __future__ import annotations
 
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,6 +23,8 @@ from vlmtune.config.schema import Recipe
 from vlmtune.errors import RecipeError
 from vlmtune.objectives.base import Objective
 from vlmtune.types import ChatBatch, LossOutput
+
+logger = logging.getLogger(__name__)
 
 
 @final
@@ -138,6 +141,7 @@ class Native(Parallel):
         super().__init__(accelerator, objective, recipe.run.precision == "bf16")
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self._max_norm = recipe.optim.max_grad_norm or float("inf")
+        _warn_of_rounding(objective)
         if self.sharded:
             _configure_fsdp2(accelerator, objective, self._half)
         self.module, self.optimizer = accelerator.prepare(Autocasting(objective, self.autocast), optimizer)
@@ -191,6 +195,14 @@ class Native(Parallel):
     def _kept(self, tensor: Tensor) -> Tensor | None:
         whole = _whole(tensor.detach())
         return whole.cpu() if self.accelerator.is_main_process else None
+
+
+def _warn_of_rounding(objective: nn.Module) -> None:
+    if any(weight.requires_grad and weight.dtype == torch.bfloat16 for weight in objective.parameters()):
+        logger.warning(
+            "weights are trained in bfloat16: small steps of Adam round away. Set model.dtype=float32, or launch"
+            " with a recipes/launch/zero*.yaml, which keeps float32 masters"
+        )
 
 
 def gathered(
