@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, Literal
 
 import torch
@@ -184,19 +184,9 @@ def _packed_varlen(
         return _packed_sdpa(module, query, key, value, attention_mask, cu_seqlens, max_seqlen, **rest)
     from flash_attn import flash_attn_varlen_func
 
-    window = rest.get("sliding_window")
-    rows = (states[0].transpose(0, 1).to(half) for states in (query, key, value))
-    output = flash_attn_varlen_func(
-        *rows,
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_k=cu_seqlens,
-        max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen,
-        dropout_p=rest.get("dropout", 0.0),
-        softmax_scale=rest.get("scaling"),
-        softcap=rest.get("softcap") or 0.0,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        causal=True,
+    states = (query, key, value)
+    output = _varlen(flash_attn_varlen_func, states, half, cu_seqlens, max_seqlen, rest)(
+        dropout_p=rest.get("dropout", 0.0)
     )
     return output.unsqueeze(0), None
 
@@ -217,20 +207,33 @@ def _packed_varlen_hopper(
         return _packed_sdpa(module, query, key, value, attention_mask, cu_seqlens, max_seqlen, **rest)
     from flash_attn_interface import flash_attn_varlen_func
 
+    output = _varlen(flash_attn_varlen_func, (query, key, value), half, cu_seqlens, max_seqlen, rest)()
+    # Releases differ in whether the sums of the rows come along.
+    return (output[0] if isinstance(output, tuple) else output).unsqueeze(0), None
+
+
+def _varlen(
+    kernel: Callable[..., Any],
+    states: tuple[Tensor, Tensor, Tensor],
+    half: torch.dtype,
+    cu_seqlens: Int[Tensor, " s1"],
+    max_seqlen: int | None,
+    rest: dict[str, Any],
+) -> Callable[..., Any]:
+    """The call that FlashAttention 2 and 3 share, for the options of one alone to be added."""
     window = rest.get("sliding_window")
-    output = flash_attn_varlen_func(
-        *(states[0].transpose(0, 1).to(half) for states in (query, key, value)),
+    return partial(
+        kernel,
+        *(each[0].transpose(0, 1).to(half) for each in states),
         cu_seqlens,
         cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         softmax_scale=rest.get("scaling"),
-        causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=rest.get("softcap") or 0.0,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        causal=True,
     )
-    # Releases differ in whether the sums of the rows come along.
-    return (output[0] if isinstance(output, tuple) else output).unsqueeze(0), None
 
 
 def _packed_blocks(
