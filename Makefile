@@ -17,7 +17,7 @@ BOTH := OMP_NUM_THREADS=$(HALF) $(BIN)/accelerate launch --config_file recipes/l
     -m vlmtune train
 
 .DEFAULT_GOAL := help
-.PHONY: help install compat lint types test test-dist recipes golden demo demo-smollm record check bench schema clean
+.PHONY: help install compat lint types test test-dist recipes golden demo demo-smollm record check bench bench-sq-llava bench-ross schema clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -76,6 +76,12 @@ record:  ## write benchmarks/results/ from finished demo runs
 bench: install  ## training speed against transformers' Trainer and TRL; writes benchmarks/results/
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt trl
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/training_speed/run.py
+
+bench-sq-llava: install  ## SQ-LLaVA in small: 5 arms x 3 seeds; writes benchmarks/results/ (2 cores: under 45 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/sq_llava/run.py
+
+bench-ross: install  ## Ross in small: 5 arms x 3 seeds; writes benchmarks/results/ (2 cores: under 60 minutes)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/ross/run.py
 
 schema: install  ## rewrite recipes/recipe.schema.json
 	$(BIN)/vlmtune show --schema > recipes/recipe.schema.json

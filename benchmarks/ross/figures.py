@@ -1,43 +1,29 @@
-"""Means with standard errors, the table, the curves and the picture grid."""
+"""The table, the curves and the picture grid."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
+
+from arms import cell
 
 from vlmtune.evaluation.charts import draw_pictures, smoothed
 
 LOSSES = ("reconstruction_loss", "swapped_loss", "condition_swap_gap")
 
 
-def flat(seed: dict[str, Any]) -> dict[str, float]:
+def numbers(seed: dict[str, Any]) -> dict[str, float | None]:
     """A seed's single numbers by name."""
     accuracy = {f"accuracy {kind}": value for kind, value in seed["accuracy"].items()}
     return accuracy | {name: seed[name] for name in LOSSES if name in seed}
 
 
-def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """An arm's figures per seed, their means and the standard errors of the means (None of a single seed)."""
-    columns = {name: [flat(each)[name] for each in seeds] for name in flat(seeds[0])}
-    return {
-        "seeds": seeds,
-        "mean": {name: fmean(values) for name, values in columns.items()},
-        "standard_error": {name: standard_error(values) for name, values in columns.items()},
-    }
-
-
-def standard_error(values: list[float]) -> float | None:
-    """Of the mean, by the sample's deviation."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
 def line_of(seed: dict[str, Any]) -> str:
     """One line of one seed."""
     shown = ("accuracy easy", "accuracy tiny", *LOSSES)
-    return "  ".join(f"{name} {value:.4f}" for name, value in flat(seed).items() if name in shown)
+    return "  ".join(f"{name} {value:.4f}" for name, value in numbers(seed).items() if name in shown)
 
 
 def table_lines(report: dict[str, Any]) -> Iterator[str]:
@@ -52,14 +38,6 @@ def table_lines(report: dict[str, Any]) -> Iterator[str]:
         if control:
             ratios = (f"{each['overhead'][name] / control[name]:.2f}" for each in arms.values())
             yield f"| {title}, against control | " + " | ".join(ratios) + " |"
-
-
-def cell(arm: dict[str, Any], name: str) -> str:
-    """Mean and standard error."""
-    if name not in arm["mean"]:
-        return "-"
-    error = arm["standard_error"][name]
-    return f"{arm['mean'][name]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def draw_curves(report: dict[str, Any], path: Path) -> None:

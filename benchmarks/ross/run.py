@@ -15,7 +15,6 @@ import logging
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -27,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import yaml
+from arms import Seed, arguments, every_seed, kept, log, quicken, summary
 from facts import ROOT, commit, machine
-from figures import draw_curves, draw_grid, line_of, summary, table_lines
+from figures import draw_curves, draw_grid, line_of, numbers, table_lines
 from scenes import test_samples, write_split
 
 from vlmtune.config.autoencoder import load_vae_recipe
@@ -46,8 +46,6 @@ from vlmtune.run import CACHE, run, run_folder
 from vlmtune.training.autoencoder import train_vae
 from vlmtune.training.checkpoint import step_folders
 from vlmtune.types import ChatSample
-
-log = logging.getLogger("ross")
 
 HERE = Path(__file__).resolve().parent
 
@@ -69,16 +67,9 @@ DEFAULT = "denoise_vae"
 def main() -> None:
     options = parse()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    began = time.monotonic()
     prepare(options)
     overhead = {arm: overhead_of(arm, options) for arm in options.arms}
-    seeds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
-    for seed in range(options.seeds):
-        for arm in options.arms:
-            seeds[arm].append(measured(arm, seed, options))
-            log.info(
-                "%6.0f s  seed %d  %-14s %s", time.monotonic() - began, seed, arm, line_of(seeds[arm][-1])
-            )
+    seeds = every_seed(options, lambda arm, seed: measured(arm, seed, options), line_of)
     report = report_of(options, seeds, overhead)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -88,35 +79,24 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=240, help="of 32 questions, in every arm")
+    parser = arguments(__doc__, "ross", ARMS, steps=240)
     parser.add_argument("--start-steps", type=int, default=440, help="of 32 captions, once")
     parser.add_argument("--vae-steps", type=int, default=600, help="of 8 pictures, once")
     parser.add_argument("--scenes", type=int, default=3000, help="training pictures of tiny shapes")
     parser.add_argument("--questions", type=int, default=1000, help="test questions of each set")
     parser.add_argument("--pictures", type=int, default=64, help="test pictures of each set in the swap test")
-    parser.add_argument("--quick", action="store_true", help="few steps, one seed, few questions")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "ross_benchmark")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "ross.json")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.steps, options.start_steps, options.vae_steps = 1, 2, 2, 2
-        options.scenes, options.questions, options.pictures = 40, 24, 4
+        quicken(options, start_steps=2, vae_steps=2, scenes=40, questions=24, pictures=4)
         options.arms = ["control", DEFAULT, "regress_pixels"]
-        options.work = options.work.with_name(options.work.name + "_quick")
-        options.out = options.work / "ross.json"
     return options
 
 
 def report_of(
-    options: argparse.Namespace, seeds: dict[str, list[dict[str, Any]]], overhead: dict[str, dict[str, float]]
+    options: argparse.Namespace, seeds: dict[str, list[Seed]], overhead: dict[str, dict[str, float]]
 ) -> dict[str, Any]:
     """The results file."""
-    arms = {arm: summary(each) | {"overhead": overhead[arm]} for arm, each in seeds.items()}
+    arms = {arm: summary(each, numbers) | {"overhead": overhead[arm]} for arm, each in seeds.items()}
     packages = ("torch", "transformers", "accelerate", "diffusers", "easy-vqa")
     names = ("steps", "start_steps", "vae_steps", "scenes", "questions", "pictures", "quick")
     return {
@@ -200,19 +180,23 @@ def arm_recipe(arm: str, seed: int, options: argparse.Namespace) -> Recipe:
     return load_recipe(HERE / "arm.yaml", [*changes, f"run.seed={seed}"])[0]
 
 
-def measured(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def measured(arm: str, seed: int, options: argparse.Namespace) -> Seed:
     """The figures of one arm and seed, read from its folder if they are there for the same settings."""
     recipe = arm_recipe(arm, seed, options)
     folder = run_folder(recipe)
-    file = folder / "figures.json"
     key = f"{stage_key(recipe, base_hashes(recipe))} {options.questions} {options.pictures}"
-    if file.is_file() and (known := json.loads(file.read_text()))["key"] == key:
-        return known["figures"]
-    if run([recipe], fresh=True).interrupted:
-        raise SystemExit("stopped; the same command goes on")
-    found = {"seed": seed, **answers(folder, options), **swapped(folder, recipe, options), **curves(folder)}
-    file.write_text(json.dumps({"key": key, "figures": found}, indent=1))
-    return found
+
+    def make() -> Seed:
+        if run([recipe], fresh=True).interrupted:
+            raise SystemExit("stopped; the same command goes on")
+        return {
+            "seed": seed,
+            **answers(folder, options),
+            **swapped(folder, recipe, options),
+            **curves(folder),
+        }
+
+    return kept(folder / "figures.json", key, make)
 
 
 def answers(folder: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -21,9 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from facts import commit, machine
+from arms import Seed, arguments, every_seed, kept, quicken, summary
+from facts import ROOT, commit, machine
 from scene import Judgement, judge, truth
-from table import figures_of, plot, summary, table_lines
+from table import figures_of, numbers, plot, table_lines
 
 from vlmtune.config.loader import load_recipe
 from vlmtune.config.lock import stage_key
@@ -37,10 +38,7 @@ from vlmtune.evaluation.scores import score
 from vlmtune.run import run, run_folder
 from vlmtune.training.checkpoint import step_folders
 
-log = logging.getLogger("sq_llava")
-
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
 
 ASKS = "data.chat.transforms=[{type: self_question, probability: 0.5, first_turn: true}]"
 CLUSTERS = "model.projector={type: clustering, centers: 28}"  # of 64 patches; in the paper 256 of 576
@@ -62,21 +60,14 @@ def main() -> None:
     options = parse()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     options.work.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
     tower = build_tower(options)
-    seeds: dict[str, list[dict[str, Any]]] = {arm: [] for arm in options.arms}
-    for seed in range(options.seeds):
-        for arm in options.arms:
-            seeds[arm].append(measured(arm, seed, tower, options))
-            log.info(
-                "%6.0f s  seed %d  %-14s %s", time.monotonic() - began, seed, arm, figures_of(seeds[arm][-1])
-            )
+    seeds = every_seed(options, lambda arm, seed: measured(arm, seed, tower, options), figures_of)
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": machine(os.cpu_count() or 1, ("torch", "transformers", "accelerate", "peft", "easy-vqa")),
         "settings": settings(options),
-        "arms": {arm: summary(each) for arm, each in seeds.items()},
+        "arms": {arm: summary(each, numbers) for arm, each in seeds.items()},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -85,22 +76,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=200, help="of 32 conversations, in every arm")
+    parser = arguments(__doc__, "sq_llava", ARMS, steps=200)
     parser.add_argument("--questions", type=int, default=2000, help="test questions answered")
     parser.add_argument("--conversations", type=int, default=500, help="test conversations measured")
-    parser.add_argument("--quick", action="store_true", help="few steps, one seed, few questions")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "sq_llava_benchmark")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sq_llava.json")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.steps, options.questions, options.conversations = 1, 2, 40, 12
-        options.work = options.work.with_name(options.work.name + "_quick")
-        options.out = options.work / "sq_llava.json"
+        quicken(options, questions=40, conversations=12)
     return options
 
 
@@ -143,27 +124,20 @@ def arm_recipe(arm: str, seed: int, tower: Path, options: argparse.Namespace) ->
     return recipe
 
 
-def measured(arm: str, seed: int, tower: Path, options: argparse.Namespace) -> dict[str, Any]:
+def measured(arm: str, seed: int, tower: Path, options: argparse.Namespace) -> Seed:
     """The figures of one arm and seed, read from its folder if they are there for the same settings."""
     recipe = arm_recipe(arm, seed, tower, options)
     folder = run_folder(recipe)
-    file, key = (
-        folder / "figures.json",
-        f"{stage_key(recipe, {})} {options.questions} {options.conversations}",
-    )
-    if file.is_file() and (known := json.loads(file.read_text()))["key"] == key:
-        return known["figures"]
-    began = time.monotonic()
-    if run([recipe], fresh=True).interrupted:
-        raise SystemExit("stopped; the same command goes on")
-    trained = time.monotonic() - began
-    found = {
-        "seed": seed,
-        "train_seconds": round(trained, 1),
-        **measure(step_folders(folder)[-1], seed, options),
-    }
-    file.write_text(json.dumps({"key": key, "figures": found}, indent=1))
-    return found
+    key = f"{stage_key(recipe, {})} {options.questions} {options.conversations}"
+
+    def make() -> Seed:
+        began = time.monotonic()
+        if run([recipe], fresh=True).interrupted:
+            raise SystemExit("stopped; the same command goes on")
+        trained = {"seed": seed, "train_seconds": round(time.monotonic() - began, 1)}
+        return trained | measure(step_folders(folder)[-1], seed, options)
+
+    return kept(folder / "figures.json", key, make)
 
 
 # ---------------------------------------------------------------- measuring

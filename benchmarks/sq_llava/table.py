@@ -1,12 +1,12 @@
-"""Means with standard errors, the table and the plot."""
+"""The table and the plot."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
+
+from arms import cell
 
 SHOWN = {
     "accuracy": "answer accuracy",
@@ -18,21 +18,9 @@ SHOWN = {
 ASKED = {"well_formed": "well formed", "answerable": "of these answerable"}
 
 
-def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """An arm's figures per seed, their means and the standard errors of the means (None of a single seed)."""
-    columns = {name: [each[name] for each in seeds] for name in SHOWN}
-    columns |= {name: [each["asked"][name] for each in seeds] for name in ASKED}
-    known = {name: values for name, values in columns.items() if None not in values}
-    return {
-        "seeds": seeds,
-        "mean": {name: fmean(values) for name, values in known.items()},
-        "standard_error": {name: standard_error(values) for name, values in known.items()},
-    }
-
-
-def standard_error(values: list[float]) -> float | None:
-    """Of the mean, by the sample's deviation."""
-    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def numbers(seed: dict[str, Any]) -> dict[str, float | None]:
+    """What of a seed is averaged; a control's questions may have no form to speak of."""
+    return {name: seed[name] for name in SHOWN} | {name: seed["asked"][name] for name in ASKED}
 
 
 def figures_of(seed: dict[str, Any]) -> str:
@@ -47,14 +35,6 @@ def table_lines(report: dict[str, Any]) -> Iterator[str]:
     yield "|---" * (len(titles) + 1) + "|"
     for arm, each in report["arms"].items():
         yield f"| {arm} | " + " | ".join(cell(each, name) for name in titles) + " |"
-
-
-def cell(arm: dict[str, Any], name: str) -> str:
-    """Mean and standard error; a control asks nothing that has a form."""
-    if name not in arm["mean"]:
-        return "-"
-    error = arm["standard_error"][name]
-    return f"{arm['mean'][name]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

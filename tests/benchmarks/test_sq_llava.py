@@ -91,9 +91,9 @@ def test_means_and_standard_errors(bench: ModuleType):
         names = ("accuracy", "accuracy_open", "question_nll", "answer_nll", "shuffle_gap")
         return dict.fromkeys(names, value) | {"asked": {"well_formed": value, "answerable": value}}
 
-    made = bench.summary([seed(1.0), seed(2.0), seed(6.0)])
+    made = bench.summary([seed(1.0), seed(2.0), seed(6.0)], bench.numbers)
     assert made["mean"]["accuracy"] == 3.0
     assert made["standard_error"]["accuracy"] == pytest.approx((7 / 3) ** 0.5)
-    assert bench.summary([seed(1.0)])["standard_error"]["accuracy"] is None
+    assert bench.summary([seed(1.0)], bench.numbers)["standard_error"]["accuracy"] is None
     head, _, row = bench.table_lines({"arms": {"sq": made}})
     assert head.startswith("| arm | answer accuracy |") and "3.000 ± 1.528" in row

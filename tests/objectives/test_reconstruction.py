@@ -279,6 +279,24 @@ def test_weight_zero_has_neither_denoiser_nor_target():
     assert objective.state_dict().keys() == {f"model.{name}" for name in objective.model.state_dict()}
 
 
+@pytest.mark.parametrize(
+    ("kind", "factors"), [("linear", (2.0, 1.75, 1.25, 1.0)), ("cosine", (2.0, 1.853553, 1.146447, 1.0))]
+)
+def test_the_weight_follows_its_schedule(kind, factors):
+    """Of a start of 2 and an end of 1, by the share of the stage that is done."""
+    schedule = {"type": kind, "start": 2.0, "end": 1.0}
+    objective, constant = build(config_of(weight=0.5, weight_schedule=schedule)), build(config_of(weight=0.5))
+    (batch,) = micro_batches(samples_of(objective), 1)
+    totals = objective.counts(batch)
+    once = {name: term.item() for name, term in constant(batch, totals).terms.items()}
+    for progress, factor in zip((0.0, 0.25, 0.75, 1.0), factors, strict=True):
+        objective.progress = constant.progress = progress
+        terms = objective(batch, totals).terms
+        assert constant.weight() == 0.5
+        assert terms["reconstruction"].item() == pytest.approx(factor * once["reconstruction"], rel=1e-5)
+        assert terms["next_token"].item() == pytest.approx(once["next_token"], rel=1e-6)
+
+
 def test_a_vanishing_weight_comes_close_to_next_token():
     """The term is added, and nothing else about the first one changes."""
     _, grads, _ = one_step(config_of(weight=1e-9))

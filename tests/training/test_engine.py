@@ -43,6 +43,19 @@ def test_the_loss_falls_and_every_step_is_recorded(accelerator, tmp_path):
         assert key in rows(tmp_path)[0]
 
 
+def test_the_objective_knows_how_far_the_stage_is(accelerator, tmp_path, monkeypatch):
+    """A weight's schedule reads it; it follows from the step alone, so a resumed run sees the same."""
+    objective, samples = objective_and_samples("next_token")
+    running = engine_of(
+        accelerator, objective, micro_batches(samples, 2), tmp_path, tiny_processor(), schedule={"steps": 4}
+    )
+    seen: list[float] = []
+    counts = objective.counts
+    monkeypatch.setattr(objective, "counts", lambda batch: seen.append(objective.progress) or counts(batch))
+    running.fit()
+    assert list(dict.fromkeys(seen)) == [0.0, 0.25, 0.5, 0.75]
+
+
 def test_a_non_finite_loss_stops_before_the_step_and_names_the_samples(accelerator, tmp_path):
     """LLaVA#1231 #1278: loss NaN from step 2, training went on."""
     objective, samples = objective_and_samples("next_token")
@@ -127,7 +140,9 @@ def test_optimizer_state_round_trips_without_pickle(accelerator, tmp_path):
     }
     second = engine(accelerator, tmp_path / "other")
     restore_moments(folder, second.strategy)
-    ours, theirs = first.strategy.moments(), second.strategy.moments()
+    ours, theirs = (
+        {key: piece.value for key, piece in each.strategy.moments().items()} for each in (first, second)
+    )
     assert set(ours) == set(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert {key.partition(":")[0] for key in ours} == {"exp_avg", "exp_avg_sq", "step"}
     assert all(value == 3 for key, value in theirs.items() if key.startswith("step:"))

@@ -175,6 +175,16 @@ class DenoiserConfig(Section):
         return self
 
 
+class WeightScheduleConfig(Section):
+    """How the weight of a loss term moves over a stage, as a factor of it."""
+
+    type: Literal["linear", "cosine"] = "cosine"
+    start: float = Field(default=1.0, ge=0)
+    """At the first optimizer step."""
+    end: float = Field(default=0.0, ge=0)
+    """After the last."""
+
+
 class ReconstructionConfig(Section):
     """next_token, and the reconstruction of the image from the hidden states at its tokens (Ross)."""
 
@@ -183,6 +193,8 @@ class ReconstructionConfig(Section):
     """Supervised tokens whose logits exist at one time."""
     weight: float = Field(default=1.0, ge=0)
     """Of the second term (Ross: 1, constant); at 0 neither denoiser nor target exist and next_token remains."""
+    weight_schedule: WeightScheduleConfig | None = None
+    """How the weight moves over the stage; None is Ross's constant. Losses are logged as weighted."""
     method: Literal["denoise", "regress"] = "denoise"
     """denoise: predict the noise in the target. regress: predict the target with a two-layer MLP (ablation)."""
     target: TargetConfig

@@ -22,6 +22,8 @@ class Objective(nn.Module, ABC):
     """Names of the data streams it reads (keys of the recipe's `data`)."""
     accumulates: ClassVar[bool] = True
     """False for losses over the whole batch (contrastive): one micro-batch a step."""
+    progress: float = 0.0
+    """Share of the stage's optimizer steps already taken: what a weight's schedule reads. The engine sets it."""
 
     @abstractmethod
     def counts(self, batch: ChatBatch) -> dict[str, int]:

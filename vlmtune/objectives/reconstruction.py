@@ -88,11 +88,20 @@ class Reconstruction(Objective):
             return LossOutput(first, {"next_token": first.detach()})
         rows = self.rows(hidden, batch)
         losses = self.losses(rows)
-        second = self.config.weight * rows_mean(losses, rows.counted, totals, self.config.as_written)
+        second = self.weight() * rows_mean(losses, rows.counted, totals, self.config.as_written)
         return LossOutput(first + second, {"next_token": first.detach(), "reconstruction": second.detach()})
 
     def exported(self) -> nn.Module:
         return self.model
+
+    def weight(self) -> float:
+        """Of the second term at this point of the stage."""
+        schedule = self.config.weight_schedule
+        if schedule is None:
+            return self.config.weight
+        linear = schedule.type == "linear"
+        left = 1 - self.progress if linear else 0.5 + 0.5 * math.cos(math.pi * self.progress)
+        return self.config.weight * (schedule.end + (schedule.start - schedule.end) * left)
 
     # ------------------------------------------------------------ the second term
 

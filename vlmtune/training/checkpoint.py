@@ -3,22 +3,28 @@
     step_000500/
       model/                  Hugging Face folder (weights, config, processor, template), loads as it is
       objective.safetensors   what only training needs (absent if nothing)
-      optimizer.safetensors   moments by parameter name
+      optimizer.safetensors   moments by parameter name; optimizer-00001-of-00008.safetensors and so on where ranks
+                              share them, each written by its rank, without gathering
       manifest.json           kind, step, stage key, versions
 
 Nothing else is needed to resume bit for bit: the data cursor and every generator are functions of (seed, step).
-Tensors are whole and named by parameter, whatever strategy wrote them: any other, on any number of processes, goes on.
+Tensors are named by parameter and read as wholes, whatever strategy wrote them: any other, on any number of processes,
+goes on. All ranks write into one folder: several nodes need a shared file system.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +32,7 @@ from torch import Tensor
 from vlmtune.errors import CheckpointError
 from vlmtune.models.saving import save_model, saved_names
 from vlmtune.objectives.base import Objective
-from vlmtune.training.strategies import Parallel
+from vlmtune.training.strategies import Parallel, Piece
 
 _PREFIX = "step_"
 _ASIDE = ".partial"
@@ -58,7 +64,7 @@ def save_step(folder: Path, step: int, strategy: Parallel, processor: Any, manif
     if main:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    # One after the other, so that the main process never holds both weights and moments.
+    strategy.accelerator.wait_for_everyone()
     weights = strategy.weights(_MODEL + name for name in saved_names(objective.exported()))
     if main:
         state = {name.removeprefix(_MODEL): value for name, value in weights.items()}
@@ -66,11 +72,12 @@ def save_step(folder: Path, step: int, strategy: Parallel, processor: Any, manif
         del state
     del weights
     helpers = strategy.weights(_helper_names(objective))
-    moments = strategy.moments()
+    if main and helpers:
+        save_file(helpers, aside / "objective.safetensors")
+    if main or strategy.shares_moments:
+        save_moments(aside / _moments_name(strategy), strategy.moments())
+    strategy.accelerator.wait_for_everyone()
     if main:
-        if helpers:
-            save_file(helpers, aside / "objective.safetensors")
-        save_file(moments, aside / "optimizer.safetensors")
         (aside / "manifest.json").write_text(json.dumps({"kind": "step", "step": step, **manifest}, indent=1))
         _flush(aside)
         if final.exists():
@@ -78,6 +85,23 @@ def save_step(folder: Path, step: int, strategy: Parallel, processor: Any, manif
         os.replace(aside, final)
     strategy.accelerator.wait_for_everyone()
     return final
+
+
+def save_moments(file: Path, pieces: Mapping[str, Piece]) -> None:
+    """Writes a rank's part of the optimizer's state; what is not a whole tensor says where it belongs."""
+    parts = {key: each for key, each in pieces.items() if each.value.shape != each.shape}
+    places = {key: {"start": each.start, "shape": each.shape} for key, each in parts.items()}
+    tensors = {
+        key: each.value.flatten().contiguous() if key in parts else each.value for key, each in pieces.items()
+    }
+    save_file(tensors, file, metadata={"format": "pt", "pieces": json.dumps(places)})
+
+
+def _moments_name(strategy: Parallel) -> str:
+    if not strategy.shares_moments:
+        return "optimizer.safetensors"
+    rank, count = strategy.accelerator.process_index + 1, strategy.accelerator.num_processes
+    return f"optimizer-{rank:05d}-of-{count:05d}.safetensors"
 
 
 def rotate(folder: Path, keep: int) -> None:
@@ -104,35 +128,62 @@ def restore_moments(path: Path, strategy: Parallel) -> None:
 
     Raises CheckpointError when it is not that of the weights trained here.
     """
-    file = path / "optimizer.safetensors"
-    with TensorFile(file) as moments:
+    with Moments(path) as moments:
         trained = {name for name, weight in strategy.objective.named_parameters() if weight.requires_grad}
-        _demand_equal({key.partition(":")[2] for key in moments}, trained, file)
+        _demand_equal({key.partition(":")[2] for key in moments}, trained, path / "optimizer*.safetensors")
         strategy.load_moments(moments)
 
 
 @final
-class TensorFile(Mapping[str, Tensor]):
-    """A safetensors file, open inside `with`; a tensor is read when it is asked for."""
+class Moments(Mapping[str, Tensor]):
+    """The optimizer's state in a step folder, open inside `with`: whole tensors, read when they are asked for.
 
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(path, "pt")
+    Raises CheckpointError when a rank's file is missing, and when the pieces of a tensor do not make it up.
+    """
 
-    def __enter__(self) -> TensorFile:
-        self._file.__enter__()
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = ExitStack()
+        self._pieces: dict[str, list[tuple[int, Any]]] = {}
+        self._shapes: dict[str, list[int]] = {}
+        paths = sorted(folder.glob("optimizer*.safetensors"))
+        written = int(paths[0].stem.rpartition("-of-")[2]) if paths and "-of-" in paths[0].stem else 1
+        if len(paths) != written:
+            raise self._error(f"{len(paths)} of {written} files of the optimizer's state are here")
+        for path in paths:
+            file = self._files.enter_context(safe_open(path, "pt"))
+            places = json.loads((file.metadata() or {}).get("pieces", "{}"))
+            self._shapes |= {key: place["shape"] for key, place in places.items()}
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                start = places[key]["start"] if key in places else 0
+                self._pieces.setdefault(key, []).append((start, file))
+
+    def __enter__(self) -> Moments:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._file.__exit__(*error)
+        self._files.close()
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        pieces = [
+            (start, file.get_tensor(name))
+            for start, file in sorted(self._pieces[name], key=lambda piece: piece[0])
+        ]
+        if name not in self._shapes:
+            return pieces[0][1]
+        ends = accumulate(len(value) for _, value in pieces)
+        if [*(start for start, _ in pieces), math.prod(self._shapes[name])] != [0, *ends]:
+            raise self._error(f"the pieces of {name} do not make up the tensor")
+        return torch.cat([value for _, value in pieces]).view(self._shapes[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file.keys())
+        return iter(self._pieces)
 
     def __len__(self) -> int:
-        return len(self._file.keys())
+        return len(self._pieces)
+
+    def _error(self, what: str) -> CheckpointError:
+        return CheckpointError(what, str(self._folder), "Take an older step folder, or copy all of this one.")
 
 
 def _helper_names(objective: Objective) -> list[str]:

@@ -140,6 +140,7 @@ class Engine:
         # Dropout and other draws inside the model depend on (seed, step, rank) only: nothing to save or restore.
         torch.manual_seed((run.seed << 40) ^ (step << 12) ^ accelerator.process_index)
         lr = set_lr(self.strategy.optimizer, lr_factor(step, self.total, self.recipe.schedule))
+        self.setup.objective.progress = step / self.total
         counted = self._counts(micros)
         self._report_bad(micros, counted["_bad"])
         totals = {name: int(value) for name, value in counted.items() if name[0] != "_"}

@@ -1,7 +1,8 @@
 """What differs between one process, DDP, FSDP2 and ZeRO; the engine and the checkpoint read the same for all.
 
-A strategy owns the wrapped objective and its optimizer. Weights and moments leave and enter it as full tensors by
-parameter name, one at a time: a checkpoint knows nothing of the strategy or the world size that wrote it.
+A strategy owns the wrapped objective and its optimizer. Weights leave it, and all enter it, as full tensors by
+parameter name; of the optimizer's state, twice as large or more, each rank gives the part it holds. A checkpoint knows
+nothing of the strategy or the world size that wrote it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, final
 
 import torch
@@ -25,6 +27,18 @@ from vlmtune.objectives.base import Objective
 from vlmtune.types import ChatBatch, LossOutput
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Entries of a tensor that follow one another in row-major order: what one rank holds of it, perhaps all."""
+
+    value: Tensor
+    """On the CPU."""
+    start: int
+    """The place of the first among the entries of the whole."""
+    shape: tuple[int, ...]
+    """Of the whole."""
 
 
 @final
@@ -46,6 +60,8 @@ class Parallel(ABC):
 
     sharded: bool
     """No rank holds all weights: a forward pass is collective."""
+    shares_moments: bool
+    """Every rank holds a part of the optimizer's state."""
 
     def __init__(self, accelerator: Accelerator, objective: Objective, half: bool) -> None:
         self.accelerator = accelerator
@@ -78,12 +94,15 @@ class Parallel(ABC):
         """The full tensors of these entries of the objective's state, on the CPU of the main process; {} elsewhere."""
 
     @abstractmethod
-    def moments(self) -> dict[str, Tensor]:
-        """The optimizer's state as `<entry>:<parameter name>` -> full tensor, as `weights`."""
+    def moments(self) -> dict[str, Piece]:
+        """The part of the optimizer's state that this rank is to save, as `<entry>:<parameter name>` -> piece.
+
+        Nothing is gathered; the pieces of all ranks hold every entry once.
+        """
 
     @abstractmethod
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Puts in place what `moments` returned, in this or another strategy; every rank passes all of it."""
+        """Puts a whole state in place, of this or another strategy; every rank passes all of it."""
 
     def autocast(self) -> AbstractContextManager:
         """Inside, the recipe's precision is in force.
@@ -139,7 +158,7 @@ class Native(Parallel):
         self, accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer, recipe: Recipe
     ) -> None:
         super().__init__(accelerator, objective, recipe.run.precision == "bf16")
-        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.sharded = self.shares_moments = accelerator.distributed_type == DistributedType.FSDP
         self._max_norm = recipe.optim.max_grad_norm or float("inf")
         _warn_of_rounding(objective)
         if self.sharded:
@@ -173,10 +192,10 @@ class Native(Parallel):
     def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         return gathered(self.objective, names, self._kept)
 
-    def moments(self) -> dict[str, Tensor]:
+    def moments(self) -> dict[str, Piece]:
         state = self.optimizer.optimizer.state
         found = {
-            f"{entry}:{name}": self._kept(_own(entry, value))
+            f"{entry}:{name}": self._piece(_own(entry, value).detach())
             for name, weight in self.objective.named_parameters()
             for entry, value in sorted(state.get(weight, {}).items())
         }
@@ -191,6 +210,11 @@ class Native(Parallel):
             optimizer.state[weight][entry] = _counter(value) if value.ndim == 0 else _like(value, weight)
         # torch's own loader decides where each optimizer wants its step counter.
         optimizer.load_state_dict(optimizer.state_dict())
+
+    def _piece(self, tensor: Tensor) -> Piece | None:
+        if isinstance(tensor, DTensor):
+            return _rows(tensor)
+        return Piece(tensor.cpu(), 0, tuple(tensor.shape)) if self.accelerator.is_main_process else None
 
     def _kept(self, tensor: Tensor) -> Tensor | None:
         whole = _whole(tensor.detach())
@@ -226,6 +250,20 @@ def gathered(
 def _whole(tensor: Tensor) -> Tensor:
     """The full tensor of a sharded one (collective), or the tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _rows(tensor: DTensor) -> Piece | None:
+    """The rows that this rank holds of a tensor as FSDP2 shards it; None if there are none, or another rank's copy."""
+    place, rows, row = 0, tensor.shape[0], math.prod(tensor.shape[1:])
+    for dim, (placement, at) in enumerate(
+        zip(tensor.placements, tensor.device_mesh.get_coordinate() or (), strict=True)
+    ):
+        if placement.is_replicate() and at:
+            return None
+        if placement.is_shard():
+            chunk = -(-rows // tensor.device_mesh.size(dim))  # as torch.chunk: the last ones may be smaller
+            place, rows = place + chunk * at, max(min(chunk, rows - chunk * at), 0)
+    return Piece(tensor.to_local().cpu(), place * row, tuple(tensor.shape)) if rows else None
 
 
 def _like(value: Tensor, weight: Tensor) -> Tensor:

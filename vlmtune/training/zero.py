@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import CheckpointError
 from vlmtune.objectives.base import Objective
-from vlmtune.training.strategies import Autocasting, Parallel, gathered
+from vlmtune.training.strategies import Autocasting, Parallel, Piece, gathered
 from vlmtune.types import ChatBatch, LossOutput
 
 
 @final
 class Zero(Parallel):
     """accelerate's DeepSpeed, driven through the engine: the number of micro-batches differs from step to step."""
+
+    shares_moments = True
 
     def __init__(
         self, accelerator: Accelerator, objective: Objective, optimizer: torch.optim.Optimizer, recipe: Recipe
@@ -76,23 +78,17 @@ class Zero(Parallel):
     def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
         return gathered(self.objective, names, self._kept)
 
-    def moments(self) -> dict[str, Tensor]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
+    def moments(self) -> dict[str, Piece]:
         self._link()
-        found: dict[str, Tensor] = {}
+        found: dict[str, Piece | None] = {}
         for flat, names in self._shares():
             for entry, held in sorted(self._base.state[flat].items()):
                 counter = not torch.is_tensor(held) or held.ndim == 0
                 for name in names:
-                    value = (
-                        torch.tensor(float(held))
-                        if counter
-                        else safe_get_full_optimizer_state(self._trained[name], entry)
+                    found[f"{entry}:{name}"] = (
+                        self._count(held) if counter else self._piece(self._trained[name], entry)
                     )
-                    if self.accelerator.is_main_process:
-                        found[f"{entry}:{name}"] = value.cpu()
-        return found
+        return {key: piece for key, piece in found.items() if piece is not None}
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
         """As Parallel; raises CheckpointError when weights that ZeRO steps as one took different numbers of steps."""
@@ -173,6 +169,26 @@ class Zero(Parallel):
             utils.safe_set_local_fp32_param(weight, share)
         else:
             utils.safe_set_local_optimizer_state(weight, share, entry)
+
+    def _piece(self, weight: Any, entry: str) -> Piece | None:
+        """This rank's share of an optimizer state; None of a weight that other ranks share out."""
+        from deepspeed.utils import safe_get_local_optimizer_state
+
+        if self._stage < 3:
+            held = weight._hp_mapping
+            if held is None:
+                return None
+            value, start = held.get_hp_fragment(entry), held.lp_fragment_address.start
+            return Piece(value.detach().cpu(), start, tuple(weight.shape))
+        start = weight.ds_tensor.numel() * self.accelerator.process_index
+        size = min(weight.ds_tensor.numel(), weight.ds_numel - start)  # the last share ends in padding
+        if size <= 0:
+            return None
+        value = safe_get_local_optimizer_state(weight, entry)
+        return Piece(value.detach().flatten()[:size].cpu(), start, tuple(weight.ds_shape))
+
+    def _count(self, held: Any) -> Piece | None:
+        return Piece(torch.tensor(float(held)), 0, ()) if self.accelerator.is_main_process else None
 
     def _counter(self, counts: set[float], flat: Tensor, name: str) -> Any:
         """The one step counter of a share, as its optimizer wants it."""
