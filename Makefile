@@ -68,9 +68,9 @@ demo-smollm: install  ## SmolLM2-135M-Instruct learns to see by LoRA; merged, ex
 	HF_HUB_OFFLINE=1 $(BIN)/vlmtune train recipes/demo/smollm2_lora.yaml
 
 record:  ## write benchmarks/results/ from finished demo runs
-	$(BIN)/python benchmarks/demo/record.py runs/demo benchmarks/results/demo.json \
+	test ! -f runs/demo/metrics.json || $(BIN)/python benchmarks/demo/record.py runs/demo benchmarks/results/demo.json \
 	    --command "make demo" --aim 0.93 0.90
-	$(BIN)/python benchmarks/demo/record.py runs/smollm2_lora benchmarks/results/demo_smollm.json \
+	test ! -f runs/smollm2_lora/metrics.json || $(BIN)/python benchmarks/demo/record.py runs/smollm2_lora benchmarks/results/demo_smollm.json \
 	    --command "make demo-smollm" --aim 0.670 0.233
 
 bench: install  ## training speed against transformers' Trainer and TRL; writes benchmarks/results/

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,23 @@ def test_commands_and_their_options_exist(page):
         options = {option for parameter in known[name].params for option in parameter.opts}
         given = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert given <= options, f"{page}: vlmtune {name} has no {sorted(given - options)}"
+
+
+def test_extras_that_are_named_exist():
+    """In pages, recipes, mixes and error messages."""
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    files = [
+        path
+        for path in ROOT.glob("*/**/*")
+        if path.suffix in (".md", ".yaml", ".py") and path.parts[len(ROOT.parts)][0] != "."
+    ]
+    named = {
+        extra
+        for text in (README, *(path.read_text() for path in files))
+        for group in re.findall(r"vlmtune\[([a-z,]+)\]", text)
+        for extra in group.split(",")
+    }
+    assert len(named) >= 5 and named <= extras
 
 
 def test_the_readme_shows_every_command():

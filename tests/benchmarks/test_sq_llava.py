@@ -17,16 +17,25 @@ from vlmtune.evaluation.asking import Question
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "sq_llava"
 
 
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    """run.py as a module."""
-    spec = importlib.util.spec_from_file_location("sq_llava_run", FOLDER / "run.py")
+def opened(file: str) -> ModuleType:
+    """A file of the benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(f"sq_llava_{Path(file).stem}", FOLDER / file)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     path = list(sys.path)
     spec.loader.exec_module(module)
     sys.path[:] = path
     return module
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    return opened("run.py")
+
+
+@pytest.fixture(scope="module")
+def asking() -> ModuleType:
+    return opened("asking.py")
 
 
 def test_arms_differ_in_what_they_change_and_in_nothing_else(bench: ModuleType, tmp_path: Path):
@@ -64,8 +73,8 @@ def test_what_a_question_takes_for_granted(question: str, granted: Facts | None)
     assert presupposed(question) == granted
 
 
-def test_questions_are_judged_by_form_and_by_the_scene(bench: ModuleType):
-    scene = bench.truth([("what color is the shape?", "blue"), ("what shape is present?", "circle")])
+def test_questions_are_judged_by_form_and_by_the_scene(asking: ModuleType):
+    scene = asking.truth([("what color is the shape?", "blue"), ("what shape is present?", "circle")])
     asked = [
         Question("what color is the circle?", True),
         Question("what color is the triangle?", True),
@@ -74,16 +83,16 @@ def test_questions_are_judged_by_form_and_by_the_scene(bench: ModuleType):
         Question("is there a red shape?", False),
         Question("what what?", True),
     ]
-    assert bench.judge(asked, scene) == (6, 4, 3)
+    assert asking.judge(asked, scene) == (6, 4, 3)
 
 
-def test_every_test_question_is_well_formed_and_answerable(bench: ModuleType):
-    talks = bench.test_set("conversation")
-    truths = bench.truths_of(talks)
+def test_every_test_question_is_well_formed_and_answerable(asking: ModuleType):
+    talks = asking.test_set("conversation")
+    truths = asking.truths_of(talks)
     for row in range(0, len(talks), 50):
         sample = talks[row]
         questions = [Question(q, True) for q, _ in talks.samples[row].pairs]
-        assert bench.judge(questions, truths[sample.images[0].name]) == (len(questions),) * 3
+        assert asking.judge(questions, truths[sample.images[0].name]) == (len(questions),) * 3
 
 
 def test_means_and_standard_errors(bench: ModuleType):

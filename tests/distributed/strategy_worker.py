@@ -25,7 +25,7 @@ from tests.tiny import tiny_processor
 from tests.training.setups import engine_of
 from vlmtune.config.loader import load_recipe
 from vlmtune.training import engine
-from vlmtune.training.strategies import Parallel
+from vlmtune.training.parallel import Parallel
 
 KILLED_AFTER = 7
 ADAPTED = (

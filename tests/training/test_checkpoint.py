@@ -7,7 +7,7 @@ import torch
 
 from vlmtune.errors import CheckpointError
 from vlmtune.training.checkpoint import Moments, save_moments
-from vlmtune.training.strategies import Piece
+from vlmtune.training.parallel import Piece
 
 WEIGHT = torch.arange(15.0).reshape(5, 3)
 BIAS = torch.arange(4.0)

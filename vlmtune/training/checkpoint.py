@@ -32,7 +32,7 @@ from torch import Tensor
 from vlmtune.errors import CheckpointError
 from vlmtune.models.saving import save_model, saved_names
 from vlmtune.objectives.base import Objective
-from vlmtune.training.strategies import Parallel, Piece
+from vlmtune.training.parallel import Parallel, Piece
 
 _PREFIX = "step_"
 _ASIDE = ".partial"

@@ -109,6 +109,7 @@ class Engine:
             restore_moments(setup.resume, self.strategy)
         self._probed = not self.recipe.run.probe
         self._stop = False
+        self._held_out_totals: dict[str, dict[str, int]] = {}
         self._window = _Window(began=time.monotonic())
 
     def fit(self) -> FitReport:
@@ -229,7 +230,8 @@ class Engine:
         began, objective = time.monotonic(), self.setup.objective
         objective.eval()
         with torch.no_grad():
-            log.record({"step": step, "held_out": {name: self._loss(part) for name, part in batches.items()}})
+            losses = {name: self._held_out_loss(name, part) for name, part in batches.items()}
+            log.record({"step": step, "held_out": losses})
             self._answer(step, log)
         objective.train()
         self._window.began += time.monotonic() - began
@@ -243,8 +245,12 @@ class Engine:
             with self.strategy.autocast():
                 log.record({"step": step, "answers": self.setup.answer()})
 
-    def _loss(self, batches: Sequence[ChatBatch]) -> float:
-        totals = {name: int(value) for name, value in self._counts(batches).items()}
+    def _held_out_loss(self, name: str, batches: Sequence[ChatBatch]) -> float:
+        """The mean over a dataset's held-out samples. They are counted once: to count is to decode their images."""
+        if name not in self._held_out_totals:
+            counted = self._counts(batches)
+            self._held_out_totals[name] = {key: int(value) for key, value in counted.items()}
+        totals = self._held_out_totals[name]
         shares = [
             float(self.strategy.evaluate(to_device(batch, self.accelerator.device), totals).loss)
             for batch in batches

@@ -1,18 +1,11 @@
-"""What differs between one process, DDP, FSDP2 and ZeRO; the engine and the checkpoint read the same for all.
-
-A strategy owns the wrapped objective and its optimizer. Weights leave it, and all enter it, as full tensors by
-parameter name; of the optimizer's state, twice as large or more, each rank gives the part it holds. A checkpoint knows
-nothing of the strategy or the world size that wrote it.
-"""
+"""Which strategy a launch means, and torch's own: one process, DDP, FSDP2. DeepSpeed's is in zero.py."""
 
 from __future__ import annotations
 
 import logging
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any, final
 
 import torch
@@ -24,105 +17,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import RecipeError
 from vlmtune.objectives.base import Objective
+from vlmtune.training.parallel import Autocasting, Parallel, Piece, gathered
 from vlmtune.types import ChatBatch, LossOutput
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Entries of a tensor that follow one another in row-major order: what one rank holds of it, perhaps all."""
-
-    value: Tensor
-    """On the CPU."""
-    start: int
-    """The place of the first among the entries of the whole."""
-    shape: tuple[int, ...]
-    """Of the whole."""
-
-
-@final
-class Autocasting(nn.Module):
-    """The objective in the recipe's precision, inside the wrapper: DeepSpeed's engine turns off what is outside."""
-
-    def __init__(self, objective: Objective, autocast: Callable[[], AbstractContextManager]) -> None:
-        super().__init__()
-        self.objective = objective
-        self._autocast = autocast
-
-    def forward(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
-        with self._autocast():
-            return self.objective(batch, totals)
-
-
-class Parallel(ABC):
-    """One way to train on the processes of a launch. Every method is called by all ranks together."""
-
-    sharded: bool
-    """No rank holds all weights: a forward pass is collective."""
-    shares_moments: bool
-    """Every rank holds a part of the optimizer's state."""
-
-    def __init__(self, accelerator: Accelerator, objective: Objective, half: bool) -> None:
-        self.accelerator = accelerator
-        self.objective = objective
-        self._half = half
-        self.module: nn.Module
-        """The wrapped objective."""
-        self.optimizer: Any
-        """The wrapped optimizer; its groups take the learning rates."""
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What it is called, for people."""
-
-    @abstractmethod
-    def learn(self, batch: ChatBatch, totals: dict[str, int], last: bool) -> LossOutput:
-        """The micro-batch's share, after its backward pass. `last`: no other follows before the update."""
-
-    @abstractmethod
-    def update(self) -> float:
-        """The global gradient norm before clipping, after one optimizer step; not finite: no weight has moved."""
-
-    @abstractmethod
-    def reached(self) -> set[str]:
-        """Names of the parameters that a backward pass has reached so far (asked for before the update)."""
-
-    @abstractmethod
-    def weights(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """The full tensors of these entries of the objective's state, on the CPU of the main process; {} elsewhere."""
-
-    @abstractmethod
-    def moments(self) -> dict[str, Piece]:
-        """The part of the optimizer's state that this rank is to save, as `<entry>:<parameter name>` -> piece.
-
-        Nothing is gathered; the pieces of all ranks hold every entry once.
-        """
-
-    @abstractmethod
-    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Puts a whole state in place, of this or another strategy; every rank passes all of it."""
-
-    def autocast(self) -> AbstractContextManager:
-        """Inside, the recipe's precision is in force.
-
-        Casts are not kept from one use to the next when weights are sharded: that would hold a half-precision copy of
-        the whole model.
-        """
-        if not self._half:
-            return nullcontext()
-        kind = self.accelerator.device.type
-        return torch.autocast(kind, torch.bfloat16, cache_enabled=not self.sharded)
-
-    def evaluate(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
-        """The micro-batch's share, through the wrapper (which gathers sharded weights)."""
-        return self.module(batch, totals)
-
-    def describe(self) -> str:
-        """A line for the start of a run."""
-        count = self.accelerator.num_processes
-        return f"{count} process{'es' if count > 1 else ''}, {self.name} on {self.accelerator.device.type}"
 
 
 def build_strategy(
@@ -227,24 +125,6 @@ def _warn_of_rounding(objective: nn.Module) -> None:
             "weights are trained in bfloat16: small steps of Adam round away. Set model.dtype=float32, or launch"
             " with a recipes/launch/zero*.yaml, which keeps float32 masters"
         )
-
-
-def gathered(
-    objective: nn.Module, names: Iterable[str], keep: Callable[[Tensor], Tensor | None]
-) -> dict[str, Tensor]:
-    """`keep` of these entries of the objective's state, one after the other, without those that are None.
-
-    `keep` gets the parameters themselves, and a tied one once: both its names share what comes back.
-    """
-    held = objective.state_dict() | dict(objective.named_parameters(remove_duplicate=False))
-    kept: dict[int, Tensor | None] = {}
-    found: dict[str, Tensor] = {}
-    for name in names:
-        if id(held[name]) not in kept:
-            kept[id(held[name])] = keep(held[name])
-        if (value := kept[id(held[name])]) is not None:
-            found[name] = value
-    return found
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vlmtune.config.schema import Recipe
 from vlmtune.errors import CheckpointError
 from vlmtune.objectives.base import Objective
-from vlmtune.training.strategies import Autocasting, Parallel, Piece, gathered
+from vlmtune.training.parallel import Autocasting, Parallel, Piece, gathered
 from vlmtune.types import ChatBatch, LossOutput
 
 
