@@ -298,7 +298,12 @@ def vae(
 
 @app.command()
 def reconstruct(
-    step: Annotated[Path, typer.Argument(metavar="STEP", help="A step folder of a run with a denoiser.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STEP", help="Step folder, run (its last step), or an export beside its step."
+        ),
+    ],
     images: Annotated[list[Path], typer.Argument(help="Pictures to paint from what the model knows.")],
     out: Annotated[Path | None, typer.Option(help="PNG to write; default: into the run's report.md.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps; 1000 are the paper's DDPM, fewer DDIM.")] = 50,
@@ -307,7 +312,7 @@ def reconstruct(
     """Write a picture grid: original, what the target holds of it, and what the denoiser of STEP paints."""
     from vlmtune.reconstruct import reconstruct_images
 
-    print(reconstruct_images(step, images, out, steps, seed))
+    print(reconstruct_images(folder, images, out, steps, seed))
 
 
 @app.command()

@@ -20,18 +20,21 @@ if TYPE_CHECKING:
     from vlmtune.types import ChatBatch
 
 
-def reconstruct_images(step: Path, images: Sequence[Path], out: Path | None, steps: int, seed: int) -> Path:
+def reconstruct_images(folder: Path, images: Sequence[Path], out: Path | None, steps: int, seed: int) -> Path:
     """The PNG written: a row per picture with the picture, its target decoded, and the reconstruction.
 
-    Without `out` it becomes a part of the run's report.md. Raises CheckpointError when the folder has no denoiser, or
+    `folder` is a step, a run (its last step is taken) or an export that lies beside its step, which has the denoiser.
+    Without `out` the PNG becomes a part of the run's report.md. Raises CheckpointError when there is no denoiser, or
     when its target cannot be shown.
     """
     import torch
 
     from vlmtune.evaluation.charts import draw_pictures
     from vlmtune.evaluation.report import RECONSTRUCTION, write_report
+    from vlmtune.objectives.reconstruction import denoiser_file
     from vlmtune.objectives.spine import hidden_states
 
+    step = denoiser_file(step_of_export(folder) or folder).parent
     objective, processor = open_objective(step)
     batch = picture_batch(objective.model, processor, images)
     with torch.no_grad():
@@ -69,6 +72,18 @@ def paint(objective: Reconstruction, rows: Rows, steps: int, seed: int) -> tuple
     with progress("paint") as advance:
         channels = objective.target.channels
         return target, sample(objective.denoiser, rows.hidden, channels, steps, generator, advance)
+
+
+def step_of_export(folder: Path) -> Path | None:
+    """The step folder that an export was made of, if it is still in the run around it."""
+    from vlmtune.training.checkpoint import read_manifest
+
+    if not (folder / "manifest.json").is_file() or (made := read_manifest(folder))["kind"] != "export":
+        return None
+    steps = sorted(path.parent for path in folder.absolute().parent.glob("**/step_*[0-9]/manifest.json"))
+    same = ("key", "step")
+    found = (step for step in steps if all(read_manifest(step).get(name) == made.get(name) for name in same))
+    return next(found, None)
 
 
 def open_objective(step: Path) -> tuple[Reconstruction, LlavaProcessor]:

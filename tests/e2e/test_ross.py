@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -150,6 +151,19 @@ def test_painting_depends_on_the_picture_and_the_seed(done, tmp_path):
     assert grids[0] == grids[1] != grids[2]
     objective, _ = open_objective(step_of(done, "tune"))
     assert not objective.training and objective.denoiser.last.out.bias.abs().max() > 0
+
+
+def test_a_run_and_an_export_lead_to_the_same_step(done, tmp_path):
+    picture = tmp_path / "red.png"
+    Image.new("RGB", (40, 40), "red").save(picture)
+    grids = [
+        reconstruct_images(folder, [picture], tmp_path / f"{number}.png", 2, 0).read_bytes()
+        for number, folder in enumerate((step_of(done, "tune"), done / "tune", done / "export"))
+    ]
+    assert grids[0] == grids[1] == grids[2]
+    shutil.copytree(done / "export", tmp_path / "alone")
+    with pytest.raises(CheckpointError, match="an export holds the model alone"):
+        reconstruct_images(tmp_path / "alone", [picture], None, 2, 0)
 
 
 def test_an_export_has_nothing_to_paint_with(done):
