@@ -53,7 +53,7 @@ def test_any_text_and_number_survive_the_lock(write: Write, paper: str, lr: floa
 
 NO_WEIGHTS = """
     name=other paper=x run.dir=x run.keep=9 run.log_every=3 run.save_every=7 run.trackers=[wandb]
-    run.probe=false data.chat.workers=0 evaluation.batch_size=3
+    run.probe=false run.rehearse=true data.chat.workers=0 evaluation.batch_size=3
     evaluation.mix=data_mixes/easy.yaml evaluation.held_out.every=7
     export.enabled=false
 """

@@ -120,6 +120,21 @@ def test_steps_do_not_depend_on_the_order_they_are_asked_in(base):
     assert all(same(fresh.step(step, 0, 1), ahead[step]) for step in (7, 2, 5, 0))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_heaviest_micro_batches_are_those_of_the_epoch(base, world):
+    """PITFALLS 25: what will not fit is met before the first step."""
+    data = chat_data(base)
+    for rank in range(world):
+        tokens, images = data.stream(rank, world).heaviest()
+        micros = [each for step in range(data.steps_per_epoch) for each in data.step(step, rank, world)]
+        assert images_of(images) == max(map(images_of, micros)) > 0
+        assert tokens.input_ids.numel() >= 0.9 * max(micro.input_ids.numel() for micro in micros)
+
+
+def images_of(batch) -> int:
+    return 0 if batch.pixel_values is None else len(batch.pixel_values)
+
+
 def test_workers_change_nothing(base):
     data = chat_data(base, **AUGMENTED)
     before = torch.random.get_rng_state()

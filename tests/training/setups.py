@@ -42,6 +42,9 @@ class Steps:
     def steps(self, start, stop):
         return (self.micros for _ in range(start, stop))
 
+    def heaviest(self):
+        return [self.micros[0], self.micros[-1]]
+
     def held_out(self):
         return self.held
 

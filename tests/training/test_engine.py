@@ -107,6 +107,48 @@ def test_a_stop_signal_saves_and_reports_it(accelerator, tmp_path, number):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("kind", ["next_token", "reconstruction"])
+def test_a_rehearsal_changes_not_a_bit(accelerator, tmp_path, kind, monkeypatch):
+    """trl#3481: out of memory late in the run. The heaviest micro-batches come first, and weigh nothing."""
+    folders, learned = [tmp_path / "with", tmp_path / "without"], []
+    for folder in folders:
+        objective, samples = objective_and_samples(kind)
+        run = {"precision": "fp32", "rehearse": folder.name == "with"}
+        running = engine_of(
+            accelerator,
+            objective,
+            micro_batches(samples, 2),
+            folder,
+            tiny_processor(),
+            run=run,
+            schedule={"steps": 3},
+        )
+        learn, seen = running.strategy.learn, []
+
+        def counted(*args, learn=learn, seen=seen, **named):
+            seen.append(0)
+            return learn(*args, **named)
+
+        monkeypatch.setattr(running.strategy, "learn", counted)
+        running.fit()
+        learned.append(len(seen))
+    assert learned == [2 + 3 * 2, 3 * 2]
+    ours, theirs = (folder / "step_000003" for folder in folders)
+    for file in ("model/model.safetensors", "optimizer.safetensors"):
+        assert (ours / file).read_bytes() == (theirs / file).read_bytes()
+
+
+def test_too_little_memory_is_said_before_the_first_step(accelerator, tmp_path, monkeypatch):
+    running = engine(accelerator, tmp_path, run={"precision": "fp32", "rehearse": True})
+
+    def learn(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(running.strategy, "learn", learn)
+    with pytest.raises(TrainingError, match=r"heaviest micro-batch \(\d+ tokens, \d+ images\).*micro_tokens"):
+        running.fit()
+
+
 def test_rotation_keeps_the_newest_and_clears_torn_saves(accelerator, tmp_path):
     (tmp_path / "step_000001.partial").mkdir(parents=True)
     engine(

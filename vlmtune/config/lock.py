@@ -17,7 +17,7 @@ from vlmtune.config.tree import Loader
 
 _NO_WEIGHTS: dict[str, Any] = {
     "run": {
-        *("dir", "keep", "log_every", "log_samples", "save_every", "trackers", "probe"),
+        *("dir", "keep", "log_every", "log_samples", "save_every", "trackers", "probe", "rehearse"),
         *("liger", "compile"),  # the same mathematics
     },
     **dict.fromkeys(("name", "paper", "reason", "evaluation", "export"), True),

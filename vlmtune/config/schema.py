@@ -225,6 +225,9 @@ class RunConfig(Section):
     """Also write samples.jsonl: the keys of the samples of every step."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Beside metrics.jsonl, which is always written. Each needs its own package (extra: track)."""
+    rehearse: bool | None = None
+    """Run the heaviest micro-batches once, at weight zero, before the first step: a lack of memory shows at once and
+    not hours later. None: on a GPU."""
     probe: bool = True
     """Before step 1, one backward pass proves that every trainable weight gets a gradient."""
 

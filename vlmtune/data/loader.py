@@ -141,9 +141,31 @@ class ChatData:
 
     def step(self, step: int, rank: int, world: int) -> list[ChatBatch]:
         """The micro-batches of one rank in optimizer step `step`, counted from 0 over all epochs."""
-        draws = self._draws(step)
-        lengths = [self._planned_length(draw) for draw in draws]
-        return [self._batch(micro) for micro in self._share(draws, lengths, rank, world)]
+        return [self._batch(micro) for micro in self._plan(step, rank, world)]
+
+    def heaviest(self, rank: int, world: int) -> list[ChatBatch]:
+        """Two micro-batches of one rank as heavy as the first epoch's get: that of most tokens, that of most images.
+
+        Looked for in the step with the most tokens, that with the most images, and that of the sample with the most.
+        """
+        pairs = self.order.epoch(0)
+        tokens = _column(pairs, [part.planned for part in self._parts])
+        images = _column(pairs, [part.index.images for part in self._parts])
+        starts = np.arange(0, len(pairs), self.config.batch_size)
+        steps = {
+            int(np.add.reduceat(tokens, starts).argmax()),
+            int(np.add.reduceat(images, starts).argmax()),
+            int(images.argmax()) // self.config.batch_size,
+        }
+        micros = [micro for step in sorted(steps) for micro in self._plan(step, rank, world)]
+
+        def most_tokens(micro: list[_Draw]) -> int:
+            return sum(int(self._parts[draw.source].planned[draw.row]) for draw in micro)
+
+        def most_images(micro: list[_Draw]) -> int:
+            return sum(int(self._parts[draw.source].index.images[draw.row]) for draw in micro)
+
+        return [self._batch(max(micros, key=weight)) for weight in (most_tokens, most_images)]
 
     def stream(self, rank: int, world: int) -> ChatStream:
         """The steps and held-out batches of one rank."""
@@ -178,6 +200,11 @@ class ChatData:
             for position, (source, row) in enumerate(pairs, start)
         ]
 
+    def _plan(self, step: int, rank: int, world: int) -> list[list[_Draw]]:
+        """The draws of each micro-batch of one rank."""
+        draws = self._draws(step)
+        return self._share(draws, [self._planned_length(draw) for draw in draws], rank, world)
+
     def _planned_length(self, draw: _Draw) -> int:
         """The length from the index; with transforms, which may change it, that of the transformed sample."""
         planned = int(self._parts[draw.source].planned[draw.row])
@@ -202,6 +229,17 @@ class ChatData:
     def _held_out_of(self, part: Part) -> Iterator[ChatSample]:
         usable = part.held[part.planned[part.held] > 0]
         return (part.source[row] for row in usable.tolist())
+
+
+def _column(
+    pairs: Int64[np.ndarray, "size 2"], columns: Sequence[Int32[np.ndarray, " n"]]
+) -> Int64[np.ndarray, " size"]:
+    """What the columns, one a source, say of each (source, row)."""
+    found = np.zeros(len(pairs), np.int64)
+    for source, column in enumerate(columns):
+        own = pairs[:, 0] == source
+        found[own] = column[pairs[own, 1]]
+    return found
 
 
 @final
@@ -244,6 +282,10 @@ class ChatStream:
     def steps(self, start: int, stop: int) -> Iterator[list[ChatBatch]]:
         """The micro-batches of optimizer steps start, ..., stop - 1, loaded ahead by the config's workers."""
         return step_loader(self.data, self.rank, self.world, start, stop, self.data.config.workers)
+
+    def heaviest(self) -> list[ChatBatch]:
+        """Micro-batches as heavy as they get; the same number on every rank."""
+        return self.data.heaviest(self.rank, self.world)
 
     def held_out(self) -> dict[str, Sequence[ChatBatch]]:
         """This rank's held-out batches by source; the same number on every rank."""

@@ -8,6 +8,7 @@ divides each of its terms by that term's own total.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -30,7 +31,7 @@ class Objective(nn.Module, ABC):
         """The micro-batch's contribution to the denominators, without a forward."""
 
     @abstractmethod
-    def forward(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
+    def forward(self, batch: ChatBatch, totals: Mapping[str, int | float]) -> LossOutput:
         """The micro-batch's share of the global loss, given the denominators of the whole step."""
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,7 +111,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def rows_mean(
-    losses: Float[Tensor, "k i"], counted: Bool[Tensor, " i"], totals: dict[str, int], as_written: bool
+    losses: Float[Tensor, "k i"],
+    counted: Bool[Tensor, " i"],
+    totals: Mapping[str, int | float],
+    as_written: bool,
 ) -> Float[Tensor, ""]:
     """This share's part of the mean loss over the step's images, `totals["images"]`, k draws each.
 
@@ -121,4 +125,4 @@ def rows_mean(
     total = (losses * counted).sum() / draws
     if not as_written:
         return total / max(images, 1)
-    return total / max(totals["rows"], 1) * (draws * images / (draws * images + 1e-6))
+    return total / max(totals["rows"], 1) * (1 / (1 + 1e-6 / (draws * images)) if images else 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from torch import nn
@@ -27,7 +28,7 @@ class NextToken(Objective):
     def counts(self, batch: ChatBatch) -> dict[str, int]:
         return {"tokens": supervised_tokens(batch)}
 
-    def forward(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
+    def forward(self, batch: ChatBatch, totals: Mapping[str, int | float]) -> LossOutput:
         hidden = hidden_states(self.model, batch)
         loss = token_loss(self.model, hidden, batch.labels, self.config.chunk) / max(totals["tokens"], 1)
         return LossOutput(loss, {"next_token": loss.detach()})

@@ -8,7 +8,7 @@ is computed. Letters: b rows, t tokens, i images, n tokens of an image, h width,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -81,7 +81,7 @@ class Reconstruction(Objective):
             counted["rows"] = images + len(self._names(batch)[1])
         return counted
 
-    def forward(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
+    def forward(self, batch: ChatBatch, totals: Mapping[str, int | float]) -> LossOutput:
         hidden = hidden_states(self.model, batch)
         first = token_loss(self.model, hidden, batch.labels, self.config.chunk) / max(totals["tokens"], 1)
         if self.denoiser is None or not self.training:

@@ -41,6 +41,8 @@ class Stream(Protocol):
 
     def steps(self, start: int, stop: int) -> Iterable[list[ChatBatch]]: ...
 
+    def heaviest(self) -> Sequence[ChatBatch]: ...
+
     def held_out(self) -> Mapping[str, Sequence[ChatBatch]]: ...
 
 
@@ -123,6 +125,7 @@ class Engine:
             self._stop_on_signal(log),
         ):
             log.say(self.strategy.describe())
+            self._rehearse(log)
             step = self.start
             for micros in self.setup.stream.steps(self.start, self.total):
                 stopped = self._step(step, micros, log)
@@ -134,6 +137,28 @@ class Engine:
                 if last:
                     break
         return FitReport(step, time.monotonic() - began, stopped and step < self.total, checkpoint)
+
+    def _rehearse(self, log: RunLog) -> None:
+        """Runs the heaviest micro-batches at weight zero: their gradients, all zero, are part of the first step's."""
+        wanted, device = self.recipe.run.rehearse, self.accelerator.device
+        if not (device.type == "cuda" if wanted is None else wanted):
+            return
+        for batch in self.setup.stream.heaviest():
+            images = 0 if batch.pixel_values is None else len(batch.pixel_values)
+            what = f"{batch.input_ids.numel():,} tokens, {images} images"
+            # A share of infinitely many tokens is exactly nothing, whatever the objective.
+            totals = dict.fromkeys(self.setup.objective.counts(batch), math.inf)
+            try:
+                output = self.strategy.learn(to_device(batch, device), totals, last=False)
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"not enough memory for the heaviest micro-batch ({what})",
+                    str(device),
+                    "Lower data.chat.micro_tokens, set run.activation_checkpointing=true, or ask vlmtune plan.",
+                ) from error
+            self._shares = [output.loss.detach()]
+            self._demand_finite(self.start, {"loss": float(self._shares[0])}, 0.0, [batch])
+            log.say(f"  rehearsed {what}: {peak_memory_gb(device):.1f} GB at most")
 
     def _step(self, step: int, micros: list[ChatBatch], log: RunLog) -> bool:
         """Whether some rank was asked to stop, after one optimizer step."""

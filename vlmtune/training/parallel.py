@@ -42,7 +42,7 @@ class Autocasting(nn.Module):
         self.objective = objective
         self._autocast = autocast
 
-    def forward(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
+    def forward(self, batch: ChatBatch, totals: Mapping[str, int | float]) -> LossOutput:
         with self._autocast():
             return self.objective(batch, totals)
 
@@ -70,7 +70,7 @@ class Parallel(ABC):
         """What it is called, for people."""
 
     @abstractmethod
-    def learn(self, batch: ChatBatch, totals: dict[str, int], last: bool) -> LossOutput:
+    def learn(self, batch: ChatBatch, totals: Mapping[str, int | float], last: bool) -> LossOutput:
         """The micro-batch's share, after its backward pass. `last`: no other follows before the update."""
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Parallel(ABC):
         kind = self.accelerator.device.type
         return torch.autocast(kind, torch.bfloat16, cache_enabled=not self.sharded)
 
-    def evaluate(self, batch: ChatBatch, totals: dict[str, int]) -> LossOutput:
+    def evaluate(self, batch: ChatBatch, totals: Mapping[str, int | float]) -> LossOutput:
         """The micro-batch's share, through the wrapper (which gathers sharded weights)."""
         return self.module(batch, totals)
 

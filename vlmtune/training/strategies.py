@@ -69,7 +69,7 @@ class Native(Parallel):
             return "FSDP2"
         return "DDP" if self.accelerator.num_processes > 1 else "no wrapper"
 
-    def learn(self, batch: ChatBatch, totals: dict[str, int], last: bool) -> LossOutput:
+    def learn(self, batch: ChatBatch, totals: Mapping[str, int | float], last: bool) -> LossOutput:
         # FSDP2 reduces every micro-batch: waiting would keep whole gradients on every rank.
         wait = not last and not self.sharded
         with self.accelerator.no_sync(self.module) if wait else nullcontext():

@@ -60,7 +60,7 @@ class Zero(Parallel):
             ", optimizer on the CPU" if offload and offload.device == "cpu" else ""
         )
 
-    def learn(self, batch: ChatBatch, totals: dict[str, int], last: bool) -> LossOutput:
+    def learn(self, batch: ChatBatch, totals: Mapping[str, int | float], last: bool) -> LossOutput:
         # ZeRO-2 and 3 reduce every micro-batch into the sharded sum; ZeRO-1 waits for the boundary.
         self._engine.set_gradient_accumulation_boundary(last)
         output = self.evaluate(batch, totals)
