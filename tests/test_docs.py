@@ -20,9 +20,11 @@ from vlmtune.data.faults import check_mix
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+TESTS = (ROOT / "tests" / "README.md").read_text()
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text()
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in ROOT.glob("recipes/**/README.md")} | {
     "README.md": README,
+    "tests/README.md": TESTS,
     "benchmarks/README.md": (ROOT / "benchmarks/README.md").read_text(),
 }
 RECIPES = sorted(path for path in ROOT.glob("recipes/*/*.yaml") if path.parent.name != "launch")
@@ -75,6 +77,18 @@ def test_files_that_a_page_names_exist(page):
     named = re.findall(r"\b(?:recipes|data_mixes|benchmarks|tests|vlmtune)/[\w./-]*\w", PAGES[page])
     missing = {name for name in named if not (ROOT / name).exists() and Path(name).stem not in ("mine", "x")}
     assert not missing
+
+
+def test_the_tests_that_the_table_of_pitfalls_names_exist():
+    rows = re.findall(r"^\| (\d+)\. .*$", TESTS, re.M)
+    assert [int(number) for number in rows] == list(range(1, 26))
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", TESTS)
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if f"\ndef {name}(" not in (ROOT / "tests" / file).read_text()
+    ]
+    assert len(named) > 25 and not missing
 
 
 def test_make_targets_that_pages_name_exist():

@@ -1,6 +1,6 @@
 """Ross in small: what a second loss that looks back at the image is worth, at equal steps from one start.
 
-    python benchmarks/ross/run.py             # 5 arms x 3 seeds: about 25 minutes on 2 quiet cores
+    python benchmarks/ross/run.py             # 5 arms x 3 seeds: about half an hour on 2 cores
     python benchmarks/ross/run.py --quick     # a check of under two minutes; the figures mean nothing
 
 Two sets at once: easy-VQA (one large shape) and scenes of a few tiny shapes (scenes.py). One process, one arm after the

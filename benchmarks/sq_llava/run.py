@@ -1,6 +1,6 @@
 """SQ-LLaVA in small on easy-VQA: what questions, prototypes and a tuned tower are worth, at equal steps.
 
-    python benchmarks/sq_llava/run.py             # 5 arms x 3 seeds: about 25 minutes on 2 quiet cores
+    python benchmarks/sq_llava/run.py             # 5 arms x 3 seeds: about half an hour on 2 cores
     python benchmarks/sq_llava/run.py --quick     # a check of under two minutes; the figures mean nothing
 
 One process, one arm after the other. Stopped and started again it goes on: finished arms are skipped.
