@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--samples", type=int, default=24, help="timed samples of a run, after a warm-up step of 8"
+        "--samples", type=int, default=16, help="timed samples of a run, after a warm-up step of 8"
     )
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--arms", nargs="+", choices=(OURS, *PEERS), default=[OURS, *PEERS])
