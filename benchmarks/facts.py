@@ -14,13 +14,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def commit() -> dict[str, Any]:
-    """The commit that was measured, and whether files differed from it."""
+    """The commit that was measured, and whether its files differed from it (results aside)."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    return {"hash": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    return {
+        "hash": git("rev-parse", "HEAD"),
+        "dirty": bool(
+            git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        ),
+    }
 
 
 def machine(threads: int, packages: Sequence[str]) -> dict[str, Any]:
