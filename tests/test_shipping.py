@@ -136,7 +136,7 @@ def test_one_step_and_no_method_is_a_merge_of_adapters(
     from vlmtune.export import merge
 
     calls = []
-    report = type("Report", (), {"path": tmp_path / "out", "max_abs_diff": 1e-6})
+    report = type("Report", (), {"path": tmp_path / "out", "difference": "logits within 1e-06"})
     monkeypatch.setattr(merge, "merge_adapters", lambda *arguments: calls.append(arguments) or report)
     step = run / "tune" / "step_000002"
     assert "adapters merged" in vlmtune("merge", step, tmp_path / "out", "--dtype", "bfloat16")

@@ -234,7 +234,7 @@ def export(
     from vlmtune.run import export_step
 
     report = export_step(checkpoint, out, dtype)
-    print(f"{report.path}: reopened, largest logit difference {report.max_abs_diff:.2g}")
+    print(f"{report.path}: reopened, {report.difference}")
     upload(out, push, public)
 
 

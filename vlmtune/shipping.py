@@ -77,7 +77,7 @@ def merge(
         from vlmtune.export.merge import merge_adapters
 
         report = merge_adapters(sources[0], out, dtype, run_facts(sources[0]))
-        return f"{report.path}: adapters merged, largest logit difference {report.max_abs_diff:.2g}"
+        return f"{report.path}: adapters merged, {report.difference}"
     import torch
 
     from vlmtune.export.average import Output, merge_models

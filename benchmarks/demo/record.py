@@ -31,6 +31,7 @@ def main() -> None:
     scores = json.loads((options.run / "metrics.json").read_text())
     phases = json.loads((options.run / "phases.json").read_text())
     reached = scores["accuracy"] >= options.aim[0] and scores["accuracy_open"] >= options.aim[1]
+    stranger = options.run / "stranger.json"
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
@@ -38,6 +39,7 @@ def main() -> None:
         "machine": machine(os.cpu_count() or 1, ("torch", "transformers", "accelerate", "peft")),
         **{key: scores[key] for key in SCORES},
         "phases_seconds": {each["phase"]: each["seconds"] for each in phases},
+        **({"opened_by_transformers_alone": json.loads(stranger.read_text())} if stranger.exists() else {}),
         "aim": {"accuracy": options.aim[0], "accuracy_open": options.aim[1], "reached": reached},
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

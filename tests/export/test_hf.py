@@ -63,7 +63,7 @@ def test_export_is_the_model(tmp_path: Path, tower: str, projector: str, languag
     report = export(model, processor, tmp_path / "export")
     stock = projector in ("linear", "mlp2x")
     assert report == replace(report, path=tmp_path / "export", stock=stock)
-    assert report.max_abs_diff <= 1e-6
+    assert report.difference.largest <= 1e-6
     assert {path.name for path in report.path.iterdir()} == FILES
     config = read(report.path / "config.json")
     assert config["model_type"] == ("llava" if stock else "vlmtune")
@@ -132,7 +132,7 @@ def test_rope_settings_where_each_version_looks(tmp_path: Path) -> None:
 def test_bfloat16(tmp_path: Path) -> None:
     model, processor = tiny_model()
     report = export(model, processor, tmp_path / "export", torch.bfloat16)
-    assert 0 < report.max_abs_diff < 0.05
+    assert 0 < report.difference.largest < 0.05
     tensors = load_file(report.path / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert read(report.path / "config.json")["dtype"] == "bfloat16"

@@ -41,7 +41,7 @@ def test_the_merged_folder_is_the_model_with_its_adapters(
     )
     model, processor = step(tmp_path / "step", config, tower=tower, tied=tied)
     report = merge_adapters(tmp_path / "step", tmp_path / "out")
-    assert report.max_abs_diff <= 1e-4 and report.stock
+    assert report.difference.largest <= 1e-4 and report.stock
 
     reopened = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
     assert type(reopened) is LlavaForConditionalGeneration
@@ -60,7 +60,7 @@ def test_the_manifest_and_the_card_say_what_was_merged(tmp_path: Path) -> None:
     config = tuning(vision={"mode": "lora", "rank": 2}, language={"mode": "qlora", "rank": 4, "alpha": 6})
     step(tmp_path / "step", config)
     report = merge_adapters(tmp_path / "step", tmp_path / "out", "bfloat16", {"mixes": ["toy"]})
-    assert report.max_abs_diff > 1e-4  # what bfloat16 costs
+    assert report.difference.largest > 1e-4  # what bfloat16 costs
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert all(weight.dtype == torch.bfloat16 for weight in weights.values())
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
@@ -69,7 +69,7 @@ def test_the_manifest_and_the_card_say_what_was_merged(tmp_path: Path) -> None:
         "language": "Qlora of rank 4, alpha 6; the weights are the 4-bit ones it was trained on, dequantised",
     }
     assert manifest["adapters"] == said and manifest["mixes"] == ["toy"] and manifest["step"] == 3
-    assert manifest["largest_logit_difference"] == report.max_abs_diff
+    assert manifest["largest_logit_difference"] == report.difference.largest
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"{part}: {text}" in card for part, text in said.items())
 

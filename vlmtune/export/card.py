@@ -89,9 +89,10 @@ def _differences(record: Mapping[str, Any]) -> str:
             f"largest logit difference {converted['largest_logit_difference']:.2g}."
         )
     if "largest_logit_difference" in record:
+        mean = f", mean {record['mean_logit_difference']:.2g}" if "mean_logit_difference" in record else ""
         lines.append(
             "Reopened and compared with the model it was written from: "
-            f"largest logit difference {record['largest_logit_difference']:.2g}."
+            f"largest logit difference {record['largest_logit_difference']:.2g}{mean}."
         )
     return "\n\n".join(lines)
 

@@ -34,6 +34,18 @@ _REMEDY = "Nothing was exported. Please report this with the recipe: vlmtune or 
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """How far the logits of two models are apart on the same samples."""
+
+    largest: float
+    mean: float
+    """Of the sample where it is largest: what counts when a half-precision type rounds, see HALF_TOLERANCE."""
+
+    def __str__(self) -> str:
+        return f"logits within {self.largest:.2g}, {self.mean:.2g} on average"
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """One sample's ids and pictures, as both models read them."""
 
@@ -94,8 +106,8 @@ def logits(model: LlavaForConditionalGeneration, samples: list[Probe]) -> list[F
         model.train(training)
 
 
-def compare_model(model: VLM, folder: Path, dtype: torch.dtype, batch: ChatBatch) -> float:
-    """The largest logit difference.
+def compare_model(model: VLM, folder: Path, dtype: torch.dtype, batch: ChatBatch) -> Difference:
+    """The difference of the reopened export's logits.
 
     Raises CheckpointError when it is too large, or when a weight is missing, left over or of another shape.
     """
@@ -117,21 +129,20 @@ def compare_model(model: VLM, folder: Path, dtype: torch.dtype, batch: ChatBatch
 
 def demand_close(
     ours: list[Float[Tensor, "1 t v"]], theirs: list[Float[Tensor, "1 t v"]], exact: bool, what: str
-) -> float:
-    """The largest difference of two models' logits; raises CheckpointError, about `what`, when they are not alike.
+) -> Difference:
+    """The difference of two models' logits; raises CheckpointError, about `what`, when they are not alike.
 
     `exact`: both were computed in float32. Then the largest difference counts, else the mean.
     """
     apart = [(a - b).abs() for a, b in zip(ours, theirs, strict=True)]
-    difference = max(float(each.max()) for each in apart)
-    measured, bound = difference, FP32_TOLERANCE
+    found = Difference(max(float(each.max()) for each in apart), max(float(each.mean()) for each in apart))
+    measured, bound = found.largest, FP32_TOLERANCE
     if not exact:
-        measured = max(float(each.mean()) for each in apart)
-        bound = HALF_TOLERANCE * max(float(a.abs().max()) for a in ours)
+        measured, bound = found.mean, HALF_TOLERANCE * max(float(a.abs().max()) for a in ours)
     if not measured <= bound:  # also refuses NaN
         kind = "largest" if exact else "mean"
         raise CheckpointError(f"{what} differ by {measured:.3g} ({kind}; allowed {bound:.3g})", "", _REMEDY)
-    return difference
+    return found
 
 
 def compare_processor(processor: LlavaProcessor, folder: Path, batch: ChatBatch) -> None:

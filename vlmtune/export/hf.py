@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LlavaProcessor
 from vlmtune import __version__
 from vlmtune.config.tuning import Adapters
 from vlmtune.export.card import model_card
-from vlmtune.export.compare import compare_model, compare_processor
+from vlmtune.export.compare import Difference, compare_model, compare_processor
 from vlmtune.export.folder import new_folder, write_json
 from vlmtune.export.processors import write_processor
 from vlmtune.export.weights import (
@@ -38,8 +38,8 @@ class ExportReport:
     """Where the export is and how close it came."""
 
     path: Path
-    max_abs_diff: float
-    """Largest logit difference to the training model, on the batch given."""
+    difference: Difference
+    """Of its logits to the training model's, on the batch given."""
     stock: bool
     """Loads without vlmtune."""
     seconds: float
@@ -64,11 +64,16 @@ def export_model(
         parts, pinned = _write(model, processor, aside, dtype)
         compare_processor(processor, aside, batch)
         difference = compare_model(model, aside, dtype, batch)
-        found = {**manifest, **_adapters(model), "largest_logit_difference": difference}
+        found = {**manifest, **_adapters(model), **logit_differences(difference)}
         write_record(aside, out.name, pinned, export_record(is_stock(model), dtype, parts, found))
     report = ExportReport(out, difference, is_stock(model), time.perf_counter() - started)
-    _log.info("exported %s: logits within %.2g, %.1f s", out, difference, report.seconds)
+    _log.info("exported %s: %s, %.1f s", out, difference, report.seconds)
     return report
+
+
+def logit_differences(difference: Difference) -> dict[str, float]:
+    """As a manifest has it."""
+    return {"largest_logit_difference": difference.largest, "mean_logit_difference": difference.mean}
 
 
 def _write(

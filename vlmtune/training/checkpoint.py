@@ -94,7 +94,9 @@ def save_moments(file: Path, pieces: Mapping[str, Piece]) -> None:
     tensors = {
         key: each.value.flatten().contiguous() if key in parts else each.value for key, each in pieces.items()
     }
-    save_file(tensors, file, metadata={"pieces": json.dumps(places)})  # of several keys the order would be random
+    save_file(
+        tensors, file, metadata={"pieces": json.dumps(places)}
+    )  # of several keys the order would be random
 
 
 def _moments_name(strategy: Parallel) -> str:
