@@ -40,6 +40,9 @@ class MeteredStream:
             yield micros
             self.meter.step_done()
 
+    def heaviest(self) -> list[ChatBatch]:
+        return self.inner.heaviest()
+
     def held_out(self) -> dict[str, Any]:
         return {}
 

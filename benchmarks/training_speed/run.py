@@ -1,6 +1,6 @@
 """Training speed and memory of vlmtune, transformers' Trainer and TRL's SFTTrainer on the same model and samples.
 
-    python benchmarks/training_speed/run.py                 # full size: about 25 minutes on 2 quiet cores
+    python benchmarks/training_speed/run.py                 # full size: about 15 minutes on 2 quiet cores
     python benchmarks/training_speed/run.py --tiny          # seconds; the figures mean nothing
 
 Every arm and repetition is a process of its own, one at a time, in the order A B C A B C. This file imports
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--samples", type=int, default=16, help="timed samples of a run, after a warm-up step of 8"
+        "--samples", type=int, default=8, help="timed samples of a run, after a warm-up step of 8"
     )
     parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--arms", nargs="+", choices=(OURS, *PEERS), default=[OURS, *PEERS])
