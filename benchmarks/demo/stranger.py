@@ -28,7 +28,7 @@ def main() -> None:
     known = [json.loads(line) for line in lines[:: max(len(lines) // options.questions, 1)]]
     known = known[: options.questions]
     model = AutoModelForImageTextToText.from_pretrained(options.run / "export", dtype="auto").eval()
-    processor = AutoProcessor.from_pretrained(options.run / "export", backend="pil", padding_side="left")
+    processor = AutoProcessor.from_pretrained(options.run / "export", padding_side="left")
     pictures, (_, _, images) = easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()
     found: list[str] = []
     for start in range(0, len(known), options.batch):
