@@ -94,9 +94,8 @@ def save_moments(file: Path, pieces: Mapping[str, Piece]) -> None:
     tensors = {
         key: each.value.flatten().contiguous() if key in parts else each.value for key, each in pieces.items()
     }
-    save_file(
-        tensors, file, metadata={"pieces": json.dumps(places)}
-    )  # of several keys the order would be random
+    # One key only: safetensors writes several in an order that changes from file to file.
+    save_file(tensors, file, metadata={"pieces": json.dumps(places)})
 
 
 def _moments_name(strategy: Parallel) -> str:
