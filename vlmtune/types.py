@@ -109,6 +109,11 @@ class ChatBatch:
     seeds: tuple[int, ...] = ()
     """Beside `keys`: an objective's own draws depend on these, never on who shares the micro-batch."""
 
+    @property
+    def images(self) -> int:
+        """Pictures of all samples together."""
+        return 0 if self.pixel_values is None else len(self.pixel_values)
+
 
 class LossOutput(NamedTuple):
     """A micro-batch's *share* of the global loss, and the detached shares of its terms by name.

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections import Counter
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "ross"
+from tests.benchmarks.opened import opened
 
 
 @pytest.fixture(scope="module")
 def scenes() -> ModuleType:
-    """scenes.py as a module."""
-    spec = importlib.util.spec_from_file_location("ross_scenes", FOLDER / "scenes.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return opened("ross", "scenes.py")
 
 
 def truth(scenes, things, text):

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.benchmarks.opened import opened
 from vlmtune.data.easy_vqa import Facts, presupposed
 from vlmtune.evaluation.asking import Question
-
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "sq_llava"
-
-
-def opened(file: str) -> ModuleType:
-    """A file of the benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(f"sq_llava_{Path(file).stem}", FOLDER / file)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    return opened("run.py")
+    return opened("sq_llava", "run.py")
 
 
 @pytest.fixture(scope="module")
 def asking() -> ModuleType:
-    return opened("asking.py")
+    return opened("sq_llava", "asking.py")
 
 
 def test_arms_differ_in_what_they_change_and_in_nothing_else(bench: ModuleType, tmp_path: Path):

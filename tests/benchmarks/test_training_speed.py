@@ -11,18 +11,15 @@ from types import ModuleType
 
 import pytest
 
+from tests.benchmarks.opened import opened
+
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "training_speed"
 ARMS = ["vlmtune", "trainer", *(["trl"] if importlib.util.find_spec("trl") else [])]
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    """run.py as a module."""
-    spec = importlib.util.spec_from_file_location("training_speed_run", FOLDER / "run.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return opened("training_speed", "run.py")
 
 
 @pytest.fixture(scope="module")

@@ -127,12 +127,8 @@ def test_the_heaviest_micro_batches_are_those_of_the_epoch(base, world):
     for rank in range(world):
         tokens, images = data.stream(rank, world).heaviest()
         micros = [each for step in range(data.steps_per_epoch) for each in data.step(step, rank, world)]
-        assert images_of(images) == max(map(images_of, micros)) > 0
+        assert images.images == max(micro.images for micro in micros) > 0
         assert tokens.input_ids.numel() >= 0.9 * max(micro.input_ids.numel() for micro in micros)
-
-
-def images_of(batch) -> int:
-    return 0 if batch.pixel_values is None else len(batch.pixel_values)
 
 
 def test_workers_change_nothing(base):
@@ -165,7 +161,7 @@ def test_world_and_packing_change_only_who_computes_what(base, step, world, budg
     )
     for batch in spread:
         assert batch.input_ids.numel() <= budget
-        pixels = 0 if batch.pixel_values is None else len(batch.pixel_values)
+        pixels = batch.images
         assert int((batch.input_ids == data._encoder.renderer.image_token_id).sum()) == 16 * pixels
 
 

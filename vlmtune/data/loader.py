@@ -149,8 +149,8 @@ class ChatData:
         Looked for in the step with the most tokens, that with the most images, and that of the sample with the most.
         """
         pairs = self.order.epoch(0)
-        tokens = _column(pairs, [part.planned for part in self._parts])
-        images = _column(pairs, [part.index.images for part in self._parts])
+        columns = [part.planned for part in self._parts], [part.index.images for part in self._parts]
+        tokens, images = (_column(pairs, each) for each in columns)
         starts = np.arange(0, len(pairs), self.config.batch_size)
         steps = {
             int(np.add.reduceat(tokens, starts).argmax()),
@@ -159,13 +159,10 @@ class ChatData:
         }
         micros = [micro for step in sorted(steps) for micro in self._plan(step, rank, world)]
 
-        def most_tokens(micro: list[_Draw]) -> int:
-            return sum(int(self._parts[draw.source].planned[draw.row]) for draw in micro)
+        def heaviest(column: list[Int32[np.ndarray, " n"]]) -> list[_Draw]:
+            return max(micros, key=lambda micro: sum(int(column[draw.source][draw.row]) for draw in micro))
 
-        def most_images(micro: list[_Draw]) -> int:
-            return sum(int(self._parts[draw.source].index.images[draw.row]) for draw in micro)
-
-        return [self._batch(max(micros, key=weight)) for weight in (most_tokens, most_images)]
+        return [self._batch(heaviest(each)) for each in columns]
 
     def stream(self, rank: int, world: int) -> ChatStream:
         """The steps and held-out batches of one rank."""

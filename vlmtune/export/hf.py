@@ -64,16 +64,12 @@ def export_model(
         parts, pinned = _write(model, processor, aside, dtype)
         compare_processor(processor, aside, batch)
         difference = compare_model(model, aside, dtype, batch)
-        found = {**manifest, **_adapters(model), **logit_differences(difference)}
+        apart = {"largest_logit_difference": difference.largest, "mean_logit_difference": difference.mean}
+        found = {**manifest, **_adapters(model), **apart}
         write_record(aside, out.name, pinned, export_record(is_stock(model), dtype, parts, found))
     report = ExportReport(out, difference, is_stock(model), time.perf_counter() - started)
     _log.info("exported %s: %s, %.1f s", out, difference, report.seconds)
     return report
-
-
-def logit_differences(difference: Difference) -> dict[str, float]:
-    """As a manifest has it."""
-    return {"largest_logit_difference": difference.largest, "mean_logit_difference": difference.mean}
 
 
 def _write(

@@ -75,10 +75,9 @@ class Reconstruction(Objective):
 
     def counts(self, batch: ChatBatch) -> dict[str, int]:
         """Supervised tokens and images; as written, also the rows that the released code averages over."""
-        images = 0 if batch.pixel_values is None else len(batch.pixel_values)
-        counted = {"tokens": supervised_tokens(batch), "images": images}
+        counted = {"tokens": supervised_tokens(batch), "images": batch.images}
         if self.config.as_written:
-            counted["rows"] = images + len(self._names(batch)[1])
+            counted["rows"] = batch.images + len(self._names(batch)[1])
         return counted
 
     def forward(self, batch: ChatBatch, totals: Mapping[str, int | float]) -> LossOutput:

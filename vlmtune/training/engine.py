@@ -144,20 +144,18 @@ class Engine:
         if not (device.type == "cuda" if wanted is None else wanted):
             return
         for batch in self.setup.stream.heaviest():
-            images = 0 if batch.pixel_values is None else len(batch.pixel_values)
-            what = f"{batch.input_ids.numel():,} tokens, {images} images"
+            what = f"{batch.input_ids.numel():,} tokens, {batch.images} images"
             # A share of infinitely many tokens is exactly nothing, whatever the objective.
             totals = dict.fromkeys(self.setup.objective.counts(batch), math.inf)
             try:
-                output = self.strategy.learn(to_device(batch, device), totals, last=False)
+                terms = self._accumulate([batch], totals, last=False)
             except torch.OutOfMemoryError as error:
                 raise TrainingError(
                     f"not enough memory for the heaviest micro-batch ({what})",
                     str(device),
                     "Lower data.chat.micro_tokens, set run.activation_checkpointing=true, or ask vlmtune plan.",
                 ) from error
-            self._shares = [output.loss.detach()]
-            self._demand_finite(self.start, {"loss": float(self._shares[0])}, 0.0, [batch])
+            self._demand_finite(self.start, terms, 0.0, [batch])
             log.say(f"  rehearsed {what}: {peak_memory_gb(device):.1f} GB at most")
 
     def _step(self, step: int, micros: list[ChatBatch], log: RunLog) -> bool:
@@ -198,13 +196,15 @@ class Engine:
             counted["_bad"] += len(batch.bad)
         return sum_over_ranks(self.accelerator, counted)
 
-    def _accumulate(self, micros: list[ChatBatch], totals: dict[str, int]) -> dict[str, float]:
-        """This rank's share of each term, after the backward passes of all its micro-batches."""
+    def _accumulate(
+        self, micros: list[ChatBatch], totals: Mapping[str, int | float], last: bool = True
+    ) -> dict[str, float]:
+        """This rank's share of each term, after the backward passes of `micros`. `last`: the update follows."""
         shares: dict[str, Tensor] = {}
         self._shares: list[Tensor] = []
         for index, batch in enumerate(micros):
-            here, last = to_device(batch, self.accelerator.device), index == len(micros) - 1
-            output = self.strategy.learn(here, totals, last)
+            here = to_device(batch, self.accelerator.device)
+            output = self.strategy.learn(here, totals, last and index == len(micros) - 1)
             self._shares.append(output.loss.detach())
             for name, share in output.terms.items():
                 shares[name] = shares.get(name, 0.0) + share.double()
